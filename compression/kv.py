@@ -1,0 +1,43 @@
+"""Keys and values of one piece of a video, before RoPE, and the pair of levels that prefill makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Level = Literal["prefix", "low", "high"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkKV:
+    """The KV tokens of one chunk (or of the prefix) over all layers.
+
+    ``keys`` and ``values`` are ``[layers, kv_heads, tokens, head_dim]`` in the model's dtype. Keys are kept BEFORE
+    RoPE, because a token's position depends on what stands before it in a mixed cache (Video-X2L, section 2).
+    ``ratio`` is visual tokens per KV token: 2 means that half of them stay; 1 for the prefix.
+    """
+
+    keys: Tensor
+    values: Tensor
+    level: Level
+    ratio: int
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.keys.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class BiLevelKV:
+    """What prefill makes of a video: the prefix, and for every chunk its L-KV and its H-KV, in time order."""
+
+    prefix: ChunkKV
+    low: Sequence[ChunkKV]
+    high: Sequence[ChunkKV]
