@@ -1,0 +1,92 @@
+"""Training-free relevance scores of chunks, from the question and the H-KVs alone (Video-X2L, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compression.kv import ChunkKV
+from compression.mixed import MixedCache
+from compression.rope import Rope
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTrace:
+    """The question's queries in the first ``layers`` layers of a forward pass over prefix and H-KVs.
+
+    ``queries`` is ``[layers, heads, tokens, head_dim]`` before RoPE; the first token stands at position ``start``.
+    """
+
+    queries: Tensor
+    start: int
+
+
+class Scorer(Protocol):
+    """Scores every chunk of a video against a question; higher is more relevant."""
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers whose queries are needed (the forward pass stops behind them); None means all."""
+
+    def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
+        """``cache`` is prefix and all H-KVs, ``high`` the same H-KVs before RoPE -> float32 [chunks]."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionScorer:
+    """Softmax mass that the prompt's last token puts on a chunk's H-KVs, averaged over heads.
+
+    ``heads`` are (layer, head) pairs; None takes all. The last token has read the whole question, so it is where a
+    causal model looks for the answer; averaging over all question tokens is much worse.
+    """
+
+    heads: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def num_layers(self) -> int | None:
+        return None if self.heads is None else 1 + max(layer for layer, _ in self.heads)
+
+    def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
+        layers, heads, tokens, head_dim = trace.queries.shape
+        last = trace.queries[:, :, -1:]
+        position = torch.tensor([trace.start + tokens - 1], device=last.device)
+        last = rope.rotate(last, *rope.tables(position, last.dtype))
+        keys = cache.keys[:layers, :, : cache.num_mixed].repeat_interleave(heads // cache.keys.shape[1], dim=1)
+        logits = (last @ keys.transpose(-1, -2)).float().squeeze(2) / head_dim**0.5
+        mass = _sum_spans(logits.softmax(-1), cache.spans)
+        if self.heads is None:
+            return mass.mean((0, 1))
+        index = torch.tensor(self.heads, device=mass.device)
+        return mass[index[:, 0], index[:, 1]].mean(0)
+
+
+@dataclass(frozen=True, slots=True)
+class CosineScorer:
+    """Cosine of the question's mean query and a chunk's mean key, both before RoPE, over ``temperature``.
+
+    Averaged over layers 1 and up (in layer 0 all VSTs of a Video-XL model share one key) and over heads.
+    """
+
+    temperature: float = 0.04
+
+    @property
+    def num_layers(self) -> int | None:
+        return None
+
+    def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
+        query = trace.queries[1:].mean(2).float()
+        keys = torch.stack([chunk.keys[1:].mean(2) for chunk in high], dim=2).float()
+        keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+        cosine = torch.nn.functional.cosine_similarity(query[:, :, None], keys, dim=-1)
+        return cosine.mean((0, 1)) / self.temperature
+
+
+def _sum_spans(mass: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Sums the last dimension over token ranges -> [..., len(spans)]."""
+    total = torch.nn.functional.pad(mass.double().cumsum(-1), (1, 0))
+    bounds = torch.tensor(spans, device=mass.device).reshape(-1, 2)
+    return (total[..., bounds[:, 1]] - total[..., bounds[:, 0]]).float()

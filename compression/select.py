@@ -1,0 +1,110 @@
+"""Which chunks a question re-loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from compression.chunk import Chunk
+
+
+class SelectionError(ValueError):
+    """A dial that this video cannot meet. ``param`` names the offending field."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """How much to re-load. At most one of the first four is set; with none, the model's default ``reload`` applies.
+
+    ``budget_tokens`` bounds the whole mixed cache with its prefix. ``start_s`` and ``end_s`` limit the candidates.
+    """
+
+    reload: int | None = None
+    budget_tokens: int | None = None
+    chunks: tuple[int, ...] | None = None
+    mode: Literal["auto", "low", "high"] | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The chunks to re-load, best score first."""
+
+    chunks: tuple[int, ...]
+
+    def __contains__(self, index: int) -> bool:
+        return index in self.chunks
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """KV tokens of the prefix and of every chunk at both levels."""
+
+    prefix: int
+    low: Sequence[int]
+    high: Sequence[int]
+
+    def mixed(self, selected: Selection) -> int:
+        """KV tokens of the mixed cache, prefix included."""
+        extra = sum(self.low[index] - self.high[index] for index in selected.chunks)
+        return self.prefix + sum(self.high) + extra
+
+
+def select(
+    scores: Sequence[float], dial: Dial, chunks: Sequence[Chunk], sizes: CacheSizes, *, default_reload: int
+) -> Selection:
+    """Applies ``dial`` to one score per chunk. Ties go to the earlier chunk.
+
+    Raises SelectionError: a chunk out of range, a budget below the all-H cache, an empty or reversed time range.
+    """
+    if dial.chunks is not None:
+        outside = [index for index in dial.chunks if not 0 <= index < len(chunks)]
+        if outside:
+            raise SelectionError(
+                f"chunk {outside[0]} is out of range: the video has chunks 0 to {len(chunks) - 1}", "chunks"
+            )
+        candidates = set(dial.chunks)
+    else:
+        candidates = set(range(len(chunks)))
+    candidates &= _in_range(dial, chunks)
+    ranked = sorted(candidates, key=lambda index: (-scores[index], index))
+    if dial.chunks is not None or dial.mode == "low":
+        return Selection(tuple(ranked))
+    if dial.mode == "high":
+        return Selection(())
+    if dial.budget_tokens is not None:
+        return _within_budget(ranked, dial.budget_tokens, sizes)
+    reload = default_reload if dial.reload is None else dial.reload
+    return Selection(tuple(ranked[:reload]))
+
+
+def _in_range(dial: Dial, chunks: Sequence[Chunk]) -> set[int]:
+    start_s = 0.0 if dial.start_s is None else dial.start_s
+    end_s = float("inf") if dial.end_s is None else dial.end_s
+    if start_s >= end_s:
+        raise SelectionError("start_s must lie before end_s", "start_s")
+    inside = {chunk.index for chunk in chunks if chunk.overlaps(start_s, end_s)}
+    if not inside:
+        raise SelectionError(
+            f"no chunk between {start_s:g} s and {end_s:g} s: the video ends at {chunks[-1].end_s:g} s", "start_s"
+        )
+    return inside
+
+
+def _within_budget(ranked: Sequence[int], budget_tokens: int, sizes: CacheSizes) -> Selection:
+    smallest = sizes.mixed(Selection(()))
+    if budget_tokens < smallest:
+        raise SelectionError(
+            f"budget_tokens is {budget_tokens}, but the smallest cache of this video has {smallest}", "budget_tokens"
+        )
+    chosen: list[int] = []
+    for index in ranked:
+        if sizes.mixed(Selection((*chosen, index))) <= budget_tokens:
+            chosen.append(index)
+    return Selection(tuple(chosen))

@@ -1,0 +1,117 @@
+"""What the engine asks of a model: encode frames, prefill chunks at both levels, answer over mixed caches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from compression.kv import ChunkKV
+from compression.mixed import MixedCache
+from compression.rope import Rope
+from compression.score import QueryTrace, Scorer
+from server.video.frames import Frames
+
+Role = Literal["system", "user", "assistant"]
+
+
+class PositionLimitError(ValueError):
+    """A video or a prompt needs more positions than the model was trained for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One text turn of a conversation. The video stands before all turns (the stored prefix is fixed per model)."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the server must know of a model besides its weights."""
+
+    name: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tokens_per_frame: int
+    frames_per_chunk: int
+    low_ratio: int
+    high_ratio: int
+    max_positions: int
+    max_duration_s: float | None
+    """Longest video that the model can tell the time of; None where time is not embedded."""
+    fps: float
+    default_reload: int
+    temperature: float
+    """Generation default, used when a request names none; 0 is greedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence of a forward pass: ``ids`` [n] int64 on the model's device, to be appended to ``cache``."""
+
+    ids: Tensor
+    cache: MixedCache
+
+
+class Prefill(Protocol):
+    """The state of one video's prefill. Nothing of it lives on the model, so an aborted one leaves no trace."""
+
+    def append(self, features: Tensor, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
+        """Compresses the next chunk of visual tokens ``[n, hidden]`` twice: its L-KV and its H-KV.
+
+        ``last`` tells that no chunk follows (the edge rule needs to know). Raises :class:`PositionLimitError`.
+        """
+
+
+class VideoModel(ABC):
+    """A model with both compression levels. All but ``preprocess`` and ``tokenize`` run on the engine thread."""
+
+    spec: ModelSpec
+    rope: Rope
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerFast
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: str
+    """SHA-256 hex over weights, ratios, prefix and dtype: two models with one fingerprint make the same KVs."""
+    end_ids: frozenset[int]
+
+    @abstractmethod
+    def preprocess(self, frames: Frames) -> Tensor:
+        """Frames at any size -> uint8 or float CPU tensor [T, 3, h, w] at the model's input size. Thread-safe."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor, times_s: NDArray) -> Tensor:  # type: ignore[type-arg]
+        """Preprocessed frames and their times in seconds -> visual tokens [T * tokens_per_frame, hidden]."""
+
+    @abstractmethod
+    def prefix(self) -> ChunkKV:
+        """The KV of the fixed text before the video, at ratio 1 (the "sink")."""
+
+    @abstractmethod
+    def prefill(self) -> Prefill:
+        """Starts the prefill of one video."""
+
+    @abstractmethod
+    def tokenize(self, turns: Sequence[Turn]) -> list[int]:
+        """The conversation after the video, up to where the assistant's answer begins. Thread-safe."""
+
+    @abstractmethod
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """Appends every row's tokens to its cache; float32 logits [rows, vocab] of the rows' last tokens."""
+
+    @abstractmethod
+    def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:
+        """The queries that ``ids`` [n] would make over ``cache``, for the scorer; the cache's length stays as it is
+        (the room behind it is used as scratch)."""
