@@ -1,0 +1,127 @@
+"""The contract of a store: bytes by key. Backends move bytes; keys and checksums are checked here, once for all."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstore import envelope
+from kvstore.errors import InvalidKey, InvalidStoreURL
+
+Data = bytes | bytearray | memoryview
+
+_SEGMENT = r"[a-z0-9_-][a-z0-9._-]*"  # no leading dot: neither "." nor ".." nor a hidden file
+_KEY = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
+_PREFIX = re.compile(rf"({_SEGMENT}/)*({_SEGMENT})?")
+_MAX_SEGMENT = 200  # below every file system's 255, with room for a suffix
+_MAX_KEY = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class BlobStat:
+    """``nbytes`` as put; ``used_s`` is the Unix time of the last put or touch."""
+
+    nbytes: int
+    used_s: float
+
+
+class Store(ABC):
+    """Bytes by key, for any number of threads at once.
+
+    A key is one or more segments of ``[a-z0-9._-]`` joined by "/", none with a leading dot. A miss is None (or False);
+    everything else that fails is a StoreError: InvalidKey for the key, StoreUnavailable for the medium.
+    """
+
+    def get(self, key: str) -> bytearray | None:
+        """What was put under ``key``, verified, in a fresh buffer that is the caller's own; None on a miss.
+
+        Raises CorruptBlob, FormatVersionError.
+        """
+        sealed = self._read(_checked(key))
+        if sealed is None:
+            return None
+        header, payload = sealed
+        envelope.verify(key, header, payload)
+        return payload
+
+    def put(self, key: str, data: Data) -> None:
+        """Stores ``data``, replacing what was there: a reader sees the old bytes or the new, never a mixture.
+
+        It is durable on return, and on any error nothing has changed. Raises StoreFull.
+        """
+        self._write(_checked(key), envelope.seal(key, data), data)
+
+    def delete(self, key: str) -> bool:
+        """Removes the blob; whether there was one."""
+        return self._delete(_checked(key))
+
+    def stat(self, key: str) -> BlobStat | None:
+        """Size and last use, without reading the blob."""
+        return self._stat(_checked(key))
+
+    def touch(self, key: str) -> bool:
+        """Records a use of the blob now; whether there is one."""
+        return self._touch(_checked(key))
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """The keys that begin with ``prefix``, in no particular order."""
+        if not _PREFIX.fullmatch(prefix):
+            raise InvalidKey(f"not a prefix of a key: {prefix[:80]!r}")
+        return self._keys(prefix)
+
+    def nbytes(self, prefix: str = "") -> int:
+        """Bytes held under ``prefix``."""
+        return sum(stat.nbytes for stat in map(self._stat, self.keys(prefix)) if stat is not None)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of everything held open. No call may follow, except another close."""
+
+    @abstractmethod
+    def _read(self, key: str) -> tuple[bytes, bytearray] | None:
+        """Header (its first HEADER_NBYTES bytes, or what there is) and payload, as they lie there."""
+
+    @abstractmethod
+    def _write(self, key: str, header: bytes, payload: Data) -> None: ...
+
+    @abstractmethod
+    def _delete(self, key: str) -> bool: ...
+
+    @abstractmethod
+    def _stat(self, key: str) -> BlobStat | None: ...
+
+    @abstractmethod
+    def _touch(self, key: str) -> bool: ...
+
+    @abstractmethod
+    def _keys(self, prefix: str) -> Iterator[str]: ...
+
+
+def _checked(key: str) -> str:
+    if not _KEY.fullmatch(key) or len(key) > _MAX_KEY or max(map(len, key.split("/"))) > _MAX_SEGMENT:
+        raise InvalidKey(f"not a key: {key[:80]!r}")
+    return key
+
+
+def open_store(url: str) -> Store:
+    """Opens ``memory://`` or ``disk:PATH`` (``~`` is the home folder; the folder is made if missing).
+
+    Raises InvalidStoreURL, and StoreUnavailable when the store cannot be opened.
+    """
+    from kvstore.disk import DiskStore
+    from kvstore.memory import MemoryStore
+
+    known = "known stores: memory:// and disk:PATH"
+    scheme, colon, rest = url.partition(":")
+    if not colon:
+        raise InvalidStoreURL(f"no scheme in the store URL ({known})")
+    if scheme == "memory" and rest == "//":
+        return MemoryStore()
+    if scheme == "disk" and rest and not rest.startswith("//"):
+        return DiskStore(Path(rest).expanduser())
+    if scheme in ("redis", "rediss"):
+        raise InvalidStoreURL(f"{scheme}:// stores are not supported yet ({known})")
+    raise InvalidStoreURL(f"not a store URL of scheme {scheme[:20]!r} ({known})")

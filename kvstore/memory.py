@@ -1,0 +1,60 @@
+"""Blobs in host memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvstore.base import BlobStat, Data, Store
+
+
+@dataclass(slots=True)
+class _Blob:
+    header: bytes
+    payload: bytes
+    used_s: float
+
+
+class MemoryStore(Store):
+    """Lives and dies with the process. Unbounded: the quota is the policy of whoever fills it."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[str, _Blob] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        with self._lock:
+            self._blobs.clear()
+
+    def _read(self, key: str) -> tuple[bytes, bytearray] | None:
+        with self._lock:
+            blob = self._blobs.get(key)
+        # Copied outside the lock: the payload is immutable and may be large.
+        return None if blob is None else (blob.header, bytearray(blob.payload))
+
+    def _write(self, key: str, header: bytes, payload: Data) -> None:
+        blob = _Blob(header, bytes(payload), time.time())
+        with self._lock:
+            self._blobs[key] = blob
+
+    def _delete(self, key: str) -> bool:
+        with self._lock:
+            return self._blobs.pop(key, None) is not None
+
+    def _stat(self, key: str) -> BlobStat | None:
+        with self._lock:
+            blob = self._blobs.get(key)
+            return None if blob is None else BlobStat(len(blob.payload), blob.used_s)
+
+    def _touch(self, key: str) -> bool:
+        with self._lock:
+            blob = self._blobs.get(key)
+            if blob is not None:
+                blob.used_s = time.time()
+            return blob is not None
+
+    def _keys(self, prefix: str) -> Iterator[str]:
+        with self._lock:
+            return iter([key for key in self._blobs if key.startswith(prefix)])
