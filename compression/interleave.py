@@ -1,0 +1,19 @@
+"""Where visual summary tokens (VSTs) stand among visual tokens (Video-XL, arXiv 2409.14485; Video-X2L, section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def interleave(num_visual: int, ratio: int, carry: int) -> tuple[Tensor, int]:
+    """Inserts one VST after every ``ratio``-th visual token, counting on from ``carry`` uncounted tokens before.
+
+    Returns a bool mask over the window (True where a VST stands), ``[num_visual + num_vst]``, and the new carry. A
+    carry at or past a new, smaller ratio puts a VST behind the next visual token and starts the count again.
+    """
+    first = max(ratio - carry, 1)
+    after = torch.arange(min(first, num_visual + 1), num_visual + 1, ratio)
+    is_vst = torch.zeros(num_visual + len(after), dtype=torch.bool)
+    is_vst[after + torch.arange(len(after))] = True
+    return is_vst, num_visual - int(after[-1]) if len(after) else carry + num_visual

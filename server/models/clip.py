@@ -1,0 +1,77 @@
+"""Video-XL's vision tower: CLIP ViT, two-layer projector, 2x2 average pooling behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+from server.video.frames import Frames
+
+CLIP_L_14_336: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""Kept in code, because a checkpoint's ``mm_vision_tower`` may be a private path."""
+
+
+class ClipEncoder(nn.Module):
+    """Frames -> visual tokens in the language model's space; 144 a frame for CLIP ViT-L/14-336.
+
+    The feature is the hidden state of ``select_layer`` without CLS, never through ``post_layernorm``. Pooling comes
+    AFTER the projector, row-major, and frames follow each other without separators.
+    """
+
+    def __init__(self, hidden_size: int, config: dict[str, Any]) -> None:
+        """``config`` is the checkpoint's ``config.json``; ``hidden_size`` the language model's."""
+        super().__init__()
+        vision = CLIPVisionConfig(**config.get("vision_config", CLIP_L_14_336))
+        model = CLIPVisionModel(vision)
+        # transformers moved the tower from `.vision_model` into the class itself during 5.x.
+        self.tower = getattr(model, "vision_model", model)
+        self.projector = nn.Sequential(
+            nn.Linear(vision.hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.grid: int = vision.image_size // vision.patch_size
+        self.stride = int(config.get("mm_spatial_pool_stride", 2))
+        self.select_layer = int(config.get("mm_vision_select_layer", -2))
+        side = {"height": vision.image_size, "width": vision.image_size}
+        self.processor = CLIPImageProcessorPil(size={"shortest_edge": vision.image_size}, crop_size=side)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return (self.grid // self.stride) ** 2
+
+    def preprocess(self, frames: Frames) -> Tensor:
+        """uint8 [T, H, W, 3] -> float32 [T, 3, size, size]: bicubic to the shortest edge, centre crop, CLIP's norm."""
+        pixels: Tensor = self.processor(list(frames.pixels), return_tensors="pt")["pixel_values"]
+        return pixels
+
+    def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
+        """[T, 3, size, size] -> [T * tokens_per_frame, hidden]; Video-XL does not embed time."""
+        weight = self.projector[0].weight
+        assert isinstance(weight, Tensor)
+        pixels = pixels.to(weight.device, weight.dtype)
+        states = self.tower(pixels, output_hidden_states=True).hidden_states
+        x = self.projector(states[self.select_layer][:, 1:])
+        x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return torch.flatten(functional.avg_pool2d(x, self.stride).flatten(2).transpose(1, 2), 0, 1)
+
+
+def checkpoint_name(name: str) -> str:
+    """A public checkpoint's tensor name -> this module's."""
+    tower, projector = "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."
+    if name.startswith(tower):
+        return "tower." + name.removeprefix(tower)
+    return "projector." + name.removeprefix(projector)

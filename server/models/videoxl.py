@@ -1,0 +1,232 @@
+"""Video-XL (arXiv 2409.14485) with Video-X2L's bi-level prefill and mixed caches (arXiv 2506.21184)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from compression.cache import KVCache
+from compression.interleave import interleave
+from compression.kv import ChunkKV, Level
+from compression.mixed import MixedCache
+from compression.score import QueryTrace, Scorer
+from server.models.base import ModelSpec, PositionLimitError, Row, Turn, VideoModel
+from server.models.decoder import QKV, Decoder, Window
+from server.video.frames import Frames
+
+
+class FrameEncoder(Protocol):
+    """A vision tower with its projector: frames in, visual tokens in the language model's space out."""
+
+    def preprocess(self, frames: Frames) -> Tensor:
+        """See :meth:`VideoModel.preprocess`."""
+
+    def __call__(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
+        """See :meth:`VideoModel.encode`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionConfig:
+    """How visual tokens become VSTs (Video-X2L, section 2).
+
+    ``edge_ratio`` is the ratio of the first and the last chunk at BOTH levels (2 in Video-X2L; None: no edge rule, as
+    in Video-XL). ``carry`` tells whether visual tokens behind a chunk's last VST count towards the next chunk's first.
+    """
+
+    low_ratio: int = 2
+    high_ratio: int = 32
+    edge_ratio: int | None = 2
+    carry: Literal["across", "reset"] = "across"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptConfig:
+    """The fixed text before the video, the template of what follows it, and the tokens that end an answer."""
+
+    prefix_ids: tuple[int, ...]
+    chat_template: str
+    end_ids: frozenset[int]
+
+
+class VideoXL(VideoModel):
+    """One model class for the public 7B checkpoint and for the bundled tiny one; the encoder makes the difference."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        decoder: Decoder,
+        encoder: FrameEncoder | None,
+        compression: CompressionConfig,
+        prompt: PromptConfig,
+        tokenizer: PreTrainedTokenizerFast | None,
+        scorer: Scorer,
+    ) -> None:
+        """Takes modules already on their device and in their dtype. Without ``encoder`` it takes visual tokens only,
+        without ``tokenizer`` token ids only."""
+        self.spec = spec
+        self.decoder = decoder.eval().requires_grad_(False)
+        self.encoder = encoder
+        self.compression = compression
+        self.prompt = prompt
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
+        self.scorer = scorer
+        self.rope = decoder.config.rope
+        self.device = decoder.embed_tokens.weight.device
+        self.dtype = decoder.embed_tokens.weight.dtype
+        self.end_ids = prompt.end_ids
+        self.fingerprint = self._fingerprint()
+        self._prefix: ChunkKV | None = None
+
+    def preprocess(self, frames: Frames) -> Tensor:
+        return self._encoder().preprocess(frames)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
+        return self._encoder()(pixels, times_s)
+
+    @torch.inference_mode()
+    def prefix(self) -> ChunkKV:
+        if self._prefix is None:
+            ids = torch.tensor(self.prompt.prefix_ids, device=self.device)
+            empty = KVCache(self.no_tokens(), self.rope, capacity=len(ids))
+            _, projected = self.decoder([Window(self.decoder.embed_tokens(ids), empty)])
+            self._prefix = _stack(projected, None, "prefix", 1)
+        return self._prefix
+
+    def prefill(self) -> VideoXLPrefill:
+        return VideoXLPrefill(self)
+
+    def tokenize(self, turns: Sequence[Turn]) -> list[int]:
+        messages = [{"role": turn.role, "content": self._plain(turn.text)} for turn in turns]
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.prompt.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        windows = [Window(self.decoder.embed_tokens(row.ids), row.cache) for row in rows]
+        hidden, _ = self.decoder(windows)
+        sizes = [len(row.ids) for row in rows]
+        for row, size in zip(rows, sizes, strict=True):
+            row.cache.advance(size)
+        return self.decoder.logits(hidden[torch.tensor(sizes).cumsum(0) - 1])
+
+    @torch.inference_mode()
+    def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:
+        window = Window(self.decoder.embed_tokens(ids), cache)
+        _, projected = self.decoder([window], self.scorer.num_layers)
+        return QueryTrace(torch.stack([queries for queries, _, _ in projected]), cache.length)
+
+    def no_tokens(self) -> ChunkKV:
+        """A KV of zero tokens: the shape of this model's caches."""
+        spec = self.spec
+        shape = (spec.num_layers, spec.num_kv_heads, 0, spec.head_dim)
+        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return ChunkKV(empty, empty, "prefix", 1)
+
+    def _plain(self, text: str) -> str:
+        """A client's text may name special tokens, but never makes one."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, " ")
+        return text
+
+    def _encoder(self) -> FrameEncoder:
+        if self.encoder is None:
+            raise RuntimeError(f"{self.spec.name} was built without a vision tower")
+        return self.encoder
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((self.spec, self.compression, self.prompt, self.dtype)).encode())
+        for module in (self.decoder, self.encoder):
+            if isinstance(module, nn.Module):
+                for name, tensor in sorted(module.state_dict().items()):
+                    digest.update(name.encode())
+                    digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class VideoXLPrefill:
+    """Both passes over one video: the L pass sees L memory, the H pass H memory (Video-X2L, section 3)."""
+
+    def __init__(self, model: VideoXL) -> None:
+        self._model = model
+        prefix = model.prefix()
+        memory = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
+        memory.append(prefix)
+        self._low = self._high = _Pass(memory)
+        self._num_chunks = 0
+
+    @torch.inference_mode()
+    def append(self, features: Tensor, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
+        """See :meth:`server.models.base.Prefill.append`."""
+        compression = self._model.compression
+        low_ratio, high_ratio = compression.low_ratio, compression.high_ratio
+        if compression.edge_ratio is not None and (last or self._num_chunks == 0):
+            low_ratio = high_ratio = compression.edge_ratio
+        # As long as both passes have had the same ratios their memories are one: the first chunk under the edge
+        # rule, or the whole video where both levels are set alike.
+        if self._high is self._low and low_ratio != high_ratio:
+            self._high = _Pass(self._low.memory.copy(), self._low.carry)
+        self._num_chunks += 1
+        low = self._compress(self._low, features, low_ratio, "low")
+        if self._high is self._low:
+            return low, replace(low, level="high")
+        return low, self._compress(self._high, features, high_ratio, "high")
+
+    def _compress(self, state: _Pass, features: Tensor, ratio: int, level: Level) -> ChunkKV:
+        model = self._model
+        if ratio == 1:
+            window, is_vst = features, None
+        else:
+            carry = state.carry if model.compression.carry == "across" else 0
+            is_vst, state.carry = interleave(len(features), ratio, carry)
+            is_vst = is_vst.to(features.device)
+            window = features.new_empty((len(is_vst), features.shape[1]))
+            window[~is_vst] = features
+            window[is_vst] = model.decoder.beacon_embed_tokens.weight[0]
+        if state.memory.length + len(window) > model.spec.max_positions:
+            raise PositionLimitError(
+                f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
+            )
+        _, projected = model.decoder([Window(window, state.memory, is_vst)])
+        kept = _stack(projected, is_vst, level, ratio)
+        state.memory.append(kept)
+        return kept
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One pass: what later chunks see, and the visual tokens not yet counted towards a VST."""
+
+    memory: KVCache
+    carry: int = 0
+
+
+def _stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:
+    """Every layer's keys and values, of the tokens where ``kept`` is True (None: all of them)."""
+    choose = slice(None) if kept is None else kept
+    keys = torch.stack([k[:, choose] for _, k, _ in projected])
+    values = torch.stack([v[:, choose] for _, _, v in projected])
+    return ChunkKV(keys, values, level, ratio)
+
+
+def read_compression(config: dict[str, Any]) -> CompressionConfig:
+    """The compression part of ``config.json``; what it leaves open is Video-X2L's published setting."""
+    default = CompressionConfig()
+    return CompressionConfig(
+        low_ratio=config.get("low_cmpr_ratio", default.low_ratio),
+        high_ratio=config.get("high_cmpr_ratio", default.high_ratio),
+        edge_ratio=config.get("edge_ratio", default.edge_ratio),
+        carry=config.get("carry", default.carry),
+    )

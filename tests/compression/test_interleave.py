@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compression.interleave import interleave
+
+
+def walk(num_visual: int, ratio: int, carry: int) -> tuple[list[bool], int]:
+    """The rule as the paper tells it: a counter over visual tokens."""
+    mask, counter = [], carry
+    for _ in range(num_visual):
+        mask.append(False)
+        counter += 1
+        if counter >= ratio:
+            mask.append(True)
+            counter = 0
+    return mask, counter
+
+
+@given(num_visual=st.integers(0, 200), ratio=st.integers(1, 40), carry=st.integers(0, 60))
+def test_is_the_walk_over_the_tokens(num_visual: int, ratio: int, carry: int) -> None:
+    mask, after = interleave(num_visual, ratio, carry)
+    assert (mask.tolist(), after) == walk(num_visual, ratio, carry)
+
+
+@given(sizes=st.lists(st.integers(1, 100), max_size=8), ratio=st.integers(1, 32))
+def test_the_carry_makes_chunk_borders_invisible(sizes: list[int], ratio: int) -> None:
+    carry, total = 0, 0
+    for size in sizes:
+        mask, carry = interleave(size, ratio, carry)
+        total += int(mask.sum())
+    assert (total, carry) == divmod(sum(sizes), ratio)
