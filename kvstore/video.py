@@ -1,0 +1,86 @@
+"""The KVs of videos in a store: written chunk by chunk, committed by the manifest, read back at need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compression.kv import ChunkKV
+from kvstore import codec
+from kvstore.base import Store
+from kvstore.errors import CorruptBlob, MissingBlob
+from kvstore.key import KVKey
+from kvstore.manifest import Manifest
+from kvstore.resident import HighKV
+
+
+class VideoStore:
+    """What a video is made of, over any Store and as thread-safe as that.
+
+    Whoever writes a video writes the prefix and every chunk, then commits. Until then ``manifest`` is None and the
+    video does not exist for readers; an abandoned one is removed by ``delete``. Every method may raise
+    StoreUnavailable; writing raises StoreFull, reading FormatVersionError.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def write_prefix(self, key: KVKey, prefix: ChunkKV) -> None:
+        self._store.put(key.prefix, codec.encode(prefix))
+
+    def write_chunk(self, key: KVKey, index: int, low: ChunkKV, high: ChunkKV, thumbnail: bytes) -> None:
+        """``thumbnail`` is a JPEG."""
+        self._store.put(key.low(index), codec.encode(low))
+        self._store.put(key.high(index), codec.encode(high))
+        self._store.put(key.thumbnail(index), thumbnail)
+
+    def commit(self, key: KVKey, manifest: Manifest) -> None:
+        """Makes the video visible. All its blobs must be written before."""
+        self._store.put(key.manifest, manifest.to_json())
+
+    def manifest(self, key: KVKey) -> Manifest | None:
+        """None unless the video is committed. Raises CorruptBlob."""
+        data = self._store.get(key.manifest)
+        return None if data is None else Manifest.from_json(data)
+
+    def read_high(self, key: KVKey) -> HighKV | None:
+        """Prefix and every H-KV, on the CPU; None unless the video is committed. Raises CorruptBlob, MissingBlob."""
+        manifest = self.manifest(key)
+        if manifest is None:
+            return None
+        prefix = self._read_whole(key.prefix)
+        return HighKV(prefix, tuple(self._read_whole(key.high(i)) for i in range(len(manifest.records))))
+
+    def read_low(self, key: KVKey, indices: Sequence[int]) -> list[ChunkKV | MissingBlob | CorruptBlob]:
+        """The L-KVs of the chunks ``indices``, in that order, on the CPU.
+
+        In the place of one that cannot be read stands the error that says why, so that the others still serve.
+        """
+        return [self._read_or_error(key.low(index)) for index in indices]
+
+    def thumbnail(self, key: KVKey, index: int) -> bytearray | None:
+        """JPEG. Raises CorruptBlob."""
+        return self._store.get(key.thumbnail(index))
+
+    def touch(self, key: KVKey) -> None:
+        """Records a use of the video: the least recently used is the first that a quota removes."""
+        self._store.touch(key.manifest)
+
+    def delete(self, key: KVKey) -> bool:
+        """Removes all blobs, manifest first so that half a video is never visible; whether it was committed."""
+        committed = self._store.delete(key.manifest)
+        for blob in list(self._store.keys(key.root)):
+            self._store.delete(blob)
+        return committed
+
+    def _read_whole(self, blob: str) -> ChunkKV:
+        kv = self._read_or_error(blob)
+        if isinstance(kv, ChunkKV):
+            return kv
+        raise kv
+
+    def _read_or_error(self, blob: str) -> ChunkKV | MissingBlob | CorruptBlob:
+        try:
+            data = self._store.get(blob)
+            return MissingBlob(f"{blob} is gone") if data is None else codec.decode(data)
+        except CorruptBlob as error:
+            return error
