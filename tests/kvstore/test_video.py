@@ -1,0 +1,157 @@
+"""A video's KVs over every store: committed by the manifest, read back whole, damage told apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore import envelope
+from kvstore.base import open_store
+from kvstore.errors import CorruptBlob, FormatVersionError, MissingBlob
+from kvstore.manifest import Manifest
+from kvstore.video import VideoStore
+
+
+@pytest.fixture
+def videos(store):
+    return VideoStore(store)
+
+
+def flip_last_byte(blob):
+    return blob[:-1] + bytes([blob[-1] ^ 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_round_trip(videos, make, dtype):
+    key = make.key()
+    prefix = make.kv("prefix", dtype=dtype)
+    lows = [make.kv("low", 6, dtype, seed) for seed in range(3)]
+    highs = [make.kv("high", 2, dtype, seed) for seed in range(3)]
+    videos.write_prefix(key, prefix)
+    for index in range(3):
+        videos.write_chunk(key, index, lows[index], highs[index], b"jpeg %d" % index)
+    videos.commit(key, make.manifest(3))
+    assert videos.manifest(key) == make.manifest(3)
+    high = videos.read_high(key)
+    assert make.same(high.prefix, prefix)
+    assert all(map(make.same, high.chunks, highs))
+    assert len(high.chunks) == 3
+    read = videos.read_low(key, [2, 0])
+    assert make.same(read[0], lows[2])
+    assert make.same(read[1], lows[0])
+    assert videos.read_low(key, []) == []
+    assert videos.thumbnail(key, 1) == b"jpeg 1"
+    assert videos.thumbnail(key, 3) is None
+
+
+def test_nothing_is_visible_before_the_commit(videos, make):
+    key = make.key()
+    videos.write_prefix(key, make.kv("prefix"))
+    videos.write_chunk(key, 0, make.kv("low"), make.kv("high"), b"jpeg")
+    assert videos.manifest(key) is None
+    assert videos.read_high(key) is None
+    videos.commit(key, make.manifest(1))
+    assert videos.manifest(key) is not None
+    assert videos.read_high(key) is not None
+
+
+def test_another_tenants_video_is_a_miss(videos, make):
+    make.write(videos, make.key(salt="one"), 1)
+    assert videos.manifest(make.key(salt="two")) is None
+    assert videos.read_high(make.key()) is None
+
+
+def test_missing_and_corrupt_are_told_apart_and_the_rest_still_serves(videos, store, make, damage):
+    key = make.key()
+    make.write(videos, key, 4)
+    store.delete(key.low(1))
+    damage(key.low(2), flip_last_byte)
+    good, missing, corrupt, last = videos.read_low(key, range(4))
+    assert make.same(good, make.kv("low", seed=1))
+    assert isinstance(missing, MissingBlob)
+    assert isinstance(corrupt, CorruptBlob)
+    assert make.same(last, make.kv("low", seed=4))
+    videos.write_chunk(key, 2, make.kv("low", seed=3), make.kv("high", seed=3), b"jpeg 2")
+    assert make.same(videos.read_low(key, [2])[0], make.kv("low", seed=3))
+
+
+@pytest.mark.parametrize("blob", ["prefix", "high"])
+def test_high_kvs_are_whole_or_an_error(videos, store, make, damage, blob):
+    key = make.key()
+    make.write(videos, key, 2)
+    name = key.prefix if blob == "prefix" else key.high(1)
+    damage(name, flip_last_byte)
+    with pytest.raises(CorruptBlob, match=name):
+        videos.read_high(key)
+    store.delete(name)
+    with pytest.raises(MissingBlob, match=name):
+        videos.read_high(key)
+
+
+def test_a_damaged_manifest(videos, make, damage):
+    key = make.key()
+    make.write(videos, key, 1)
+    damage(key.manifest, flip_last_byte)
+    with pytest.raises(CorruptBlob):
+        videos.manifest(key)
+
+
+def test_a_newer_manifest_is_an_error_and_nothing_is_deleted(videos, store, make, monkeypatch):
+    key = make.key()
+    make.write(videos, key, 1)
+    with monkeypatch.context() as newer:
+        newer.setattr(envelope, "FORMAT_VERSION", 2)
+        videos.commit(key, make.manifest(1))
+    before = sorted(store.keys())
+    for call in (videos.manifest, videos.read_high):
+        with pytest.raises(FormatVersionError):
+            call(key)
+    assert sorted(store.keys()) == before
+
+
+def test_delete_removes_this_video_alone(videos, store, make):
+    make.write(videos, make.key(1), 2)
+    make.write(videos, make.key(2), 2)
+    assert videos.delete(make.key(1)) is True
+    assert videos.delete(make.key(1)) is False
+    assert list(store.keys(make.key(1).root)) == []
+    assert videos.read_high(make.key(2)) is not None
+
+
+def test_delete_takes_the_manifest_first(videos, store, make, monkeypatch):
+    key = make.key()
+    make.write(videos, key, 2)
+    deleted = []
+    delete = store.delete
+    monkeypatch.setattr(store, "delete", lambda blob: deleted.append(blob) or delete(blob))
+    videos.delete(key)
+    assert deleted[0] == key.manifest
+    assert len(deleted) == 1 + 1 + 3 * 2
+
+
+def test_a_restart_from_disk(make, tmp_path: Path):
+    key = make.key()
+    store = open_store(f"disk:{tmp_path}")
+    make.write(VideoStore(store), key, 2)
+    store.close()
+    store = open_store(f"disk:{tmp_path}")
+    videos = VideoStore(store)
+    assert videos.manifest(key) == make.manifest(2)
+    assert make.same(videos.read_high(key).chunks[1], make.kv("high", seed=2))
+    store.close()
+
+
+def test_manifest_json(make):
+    manifest = make.manifest(2)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    empty = replace(manifest, records=(), fingerprint=replace(manifest.fingerprint, max_frames=7))
+    assert Manifest.from_json(bytearray(empty.to_json())) == empty
+
+
+@pytest.mark.parametrize("data", [b"", b"null", b"[]", b"{}", b'{"records": 3}', b"\xff", b"[" * 100_000])
+def test_what_is_no_manifest(data):
+    with pytest.raises(CorruptBlob):
+        Manifest.from_json(data)
