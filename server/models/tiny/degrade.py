@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 
 def degrade(frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -37,7 +38,7 @@ def degrade(frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
     ycc = ycc + strength * (
         0.05 * rand(n, 1, 1, 1) * smooth + 0.05 * rand(n, 1, 1, 1) * (rand(n, 3, height, width) - 0.5)
     )
-    image = torch.einsum("ij,njhw->nihw", torch.linalg.inv(to_ycc), ycc).clamp(0, 1)
+    image = torch.einsum("ij,njhw->nihw", torch.tensor(_TO_RGB, device=device, dtype=frames.dtype), ycc).clamp(0, 1)
     light = rand(n, 3, 1, 1) * 2 - 1
     image = image.clamp(min=1e-4) ** (1 + 0.15 * strength * light[:, 0:1])
     image = (image - 0.5) * (1 + 0.12 * strength * light[:, 1:2]) + 0.5 + 0.04 * strength * light[:, 2:3]

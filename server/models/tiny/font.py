@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,17 +21,13 @@ _GLYPHS = {
 SHAPE_SIZE = 96
 
 
-@cache
-def glyphs() -> Tensor:
-    """[31, 7, 5] bool, in the order of SYMBOLS."""
+def _glyphs() -> Tensor:
     columns = np.array([list(bytes.fromhex(_GLYPHS[symbol])) for symbol in SYMBOLS], dtype=np.uint8)
     bits = (columns[:, None, :] >> np.arange(7, dtype=np.uint8)[None, :, None]) & 1
     return torch.from_numpy(bits.astype(bool))
 
 
-@cache
-def shapes() -> Tensor:
-    """[10, SHAPE_SIZE, SHAPE_SIZE] bool masks over the square -1..1, rows from the top, in the order of SHAPES."""
+def _shapes() -> Tensor:
     axis = (np.arange(SHAPE_SIZE) + 0.5) / SHAPE_SIZE * 2 - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")
     radius, ax, ay = np.hypot(x, y), np.abs(x), np.abs(y)
@@ -54,3 +48,9 @@ def shapes() -> Tensor:
         "arrow": ((ay < 0.25) & (x > -0.95) & (x < 0.25)) | ((x >= 0.1) & (ay < (0.95 - x) * 0.85)),
     }
     return torch.from_numpy(np.stack([masks[name] for name in SHAPES]))
+
+
+GLYPHS = _glyphs()
+"""[31, 7, 5] bool, in the order of SYMBOLS."""
+SHAPE_MASKS = _shapes()
+"""[10, SHAPE_SIZE, SHAPE_SIZE] bool over the square -1..1, rows from the top, in the order of SHAPES."""

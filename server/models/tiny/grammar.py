@@ -325,7 +325,7 @@ ORDER = (
     "$invideo , which (came|comes|$shows) $earlier , the {obj1} or the {obj2}",
     "$invideo , (is|was) the {obj1} or the {obj2} $earlier",
     "$invideo , does the {obj1} or the {obj2} $show $earlier",
-    "which (is|was) the (first|earlier) (one|$thing|) (to appear|to show up|to be seen|shown|) , the {obj1} or the {obj2}",
+    "which (is|was) the (first|earlier) (one|$thing|) (to appear|to show up|shown|) , the {obj1} or the {obj2}",
     "which $thing (is|was) (shown|seen|displayed|visible|presented) $earlier , the {obj1} or the {obj2}",
     "what (is|was) (shown|seen|displayed|visible|presented) $earlier , the {obj1} or the {obj2}",
     "which (has|had) the earlier (appearance|time|timestamp|start) , the {obj1} or the {obj2}",
@@ -349,7 +349,7 @@ COUNT = (
     "how often (has|have) $the {obj1} (appeared|been shown|been seen|shown up) $maybevideo",
     "how often (does|did) the $video show (a|the) {obj1}",
     "how frequently $does $the {obj1} $show $maybevideo",
-    "how many (separate|different|distinct|individual|) (times|occasions|moments|scenes|shots) (show|have|feature|contain"
+    "how many (separate|different|distinct|) (times|occasions|moments|scenes|shots) (show|have|feature|contain"
     "|include) (a|the) {obj1}",
     "(on|in|during) how many (separate|different|) (occasions|scenes|shots|moments|times) $does $the {obj1} $show",
     "in how many (separate|different|) (scenes|shots|parts|places|clips|segments) (is|was) $the {obj1} $seen",
@@ -428,7 +428,7 @@ TIME = (
     "how (early|late|soon) $does $the {obj1} $first $show",
     "where $invideo $does $the {obj1} $first $show",
     "where in the $video (is|can i find|do i find|do we find) $the {obj1}",
-    "(give|tell|show) me (the|) (time|timestamp|moment|start time|exact time) (of|for|when|at which) $the {obj1} $shows",
+    "(give|tell|show) me (the|) (time|timestamp|moment|start time) (of|for|when|at which) $the {obj1} $shows",
     "(give|tell) me (the|) (time|timestamp|moment) (of|for) the (first appearance of the|) {obj1}",
     "(give|tell) me when $the {obj1} $first $shows $maybevideo",
     "(tell me|say|find|find out|determine|state|report|locate|identify|note) when $the {obj1} $first $shows",

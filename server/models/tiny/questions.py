@@ -60,12 +60,9 @@ class QuestionBank:
         self.rows_per_form = rows_per_form
         self.ids = torch.tensor([ids for ids, _ in rows], device=device)
         self.answer = torch.tensor([mask for _, mask in rows], device=device)
-        vocabulary = tokenizer.load()
 
         def ids_of(*tokens: str) -> Tensor:
-            found = [vocabulary.token_to_id(token) for token in tokens]
-            assert None not in found, tokens
-            return torch.tensor(found, device=device)
+            return torch.tensor([_id(token) for token in tokens], device=device)
 
         def byte_ids(text: str) -> Tensor:
             return ids_of(*(f"<0x{ord(symbol):02X}>" for symbol in text))
@@ -266,19 +263,25 @@ def _row(form: str, rng: Random) -> tuple[list[int], list[bool]]:
             question = (
                 f"{roughen(sentence('time', rng), rng).replace('1}', '2}')}<assistant>{{time2}}<end><user>{question}"
             )
-        prompt = _encode(question) + [tokenizer.load().token_to_id(tokenizer.ASSISTANT)]
-        answer = _encode(ANSWERS[form] if form in ANSWERS else NO_VIDEO, answer=True)
-        answer.append(tokenizer.load().token_to_id(tokenizer.END))
+        prompt = [*_encode(question), _id(tokenizer.ASSISTANT)]
+        answer = _encode(ANSWERS.get(form, NO_VIDEO), answer=True)
+        answer.append(_id(tokenizer.END))
         padding = MAX_ROW - len(prompt) - len(answer)
         if padding >= 0:
-            ids = prompt + answer + [tokenizer.load().token_to_id(tokenizer.PAD)] * padding
+            ids = prompt + answer + [_id(tokenizer.PAD)] * padding
             return ids, [False] * len(prompt) + [True] * len(answer) + [False] * padding
+
+
+def _id(token: str) -> int:
+    index = tokenizer.load().token_to_id(token)
+    assert index is not None, token
+    return index
 
 
 def _encode(text: str, answer: bool = False) -> list[int]:
     """Ids of a text with blanks."""
     vocabulary = tokenizer.load()
-    blank, colon = vocabulary.token_to_id(tokenizer.BLANK), vocabulary.token_to_id("<0x3A>")
+    blank, colon = _id(tokenizer.BLANK), _id("<0x3A>")
     ids: list[int] = []
     for index, piece in enumerate(re.split(r"\{(\w+)\}", text)):
         if index % 2 == 0:

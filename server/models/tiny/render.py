@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from server.models.tiny.font import SHAPE_SIZE, glyphs, shapes
+from server.models.tiny.font import GLYPHS, SHAPE_MASKS, SHAPE_SIZE
 from server.models.tiny.world import COLORS, NUM_SHOT_LOOKS, NUM_TICK_LOOKS, PLATE_COLORS, SHAPES, Script
 
 WIDTH, HEIGHT = 96, 64
@@ -73,7 +73,7 @@ def object_mask(objects: Tensor, looks: Tensor, x: Tensor, y: Tensor, bob: Tenso
     inside = (u >= 0) & (u < SHAPE_SIZE) & (v >= 0) & (v < SHAPE_SIZE)
     column, row = u.clamp(0, SHAPE_SIZE - 1).long(), v.clamp(0, SHAPE_SIZE - 1).long()
     shape = (objects % len(SHAPES))[:, None, None]
-    return inside & shapes().to(x.device).view(-1)[(shape * SHAPE_SIZE + row) * SHAPE_SIZE + column]
+    return inside & SHAPE_MASKS.to(x.device).view(-1)[(shape * SHAPE_SIZE + row) * SHAPE_SIZE + column]
 
 
 def object_color(objects: Tensor, looks: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def plate_masks(codes: Tensor, looks: Tensor, x: Tensor, y: Tensor, position: in
     plate = (x >= 0) & (x < PLATE_WIDTH) & (y >= 0) & (y < PLATE_HEIGHT)
     column, row = torch.floor((x - 2) / GLYPH_SCALE), torch.floor((y - 1) / GLYPH_SCALE)
     inside = (column >= 0) & (column < 17) & (row >= 0) & (row < 7)
-    letters = glyphs().to(x.device)[codes]  # [n, 3, 7, 5]
+    letters = GLYPHS.to(x.device)[codes]  # [n, 3, 7, 5]
     line = torch.nn.functional.pad(letters, (0, 1)).permute(0, 2, 1, 3).reshape(len(codes), 7 * 18)
     index = (row.clamp(0, 6) * 18 + column.clamp(0, 16)).long()
     return plate, inside & line.gather(1, index.flatten(1)).view(index.shape)

@@ -49,7 +49,8 @@ def vocabulary() -> dict[str, int]:
     questions = " ".join(
         [
             *rules, *templates, *grammar.PREFIXES, *grammar.SUFFIXES, *COLORS, *SHAPES, *PLATE_COLORS,
-            *language.POSITIONS, *language.POSITIONS.values(), "a an yes no", PREFIX.replace("<s>", "").replace(USER, ""),
+            *language.POSITIONS, *language.POSITIONS.values(), "a an yes no",
+            PREFIX.replace("<s>", "").replace(USER, ""),
             *(line for lines in language.PLAIN.values() for line in lines),
         ]
     )  # fmt: skip

@@ -127,8 +127,8 @@ def sample_scripts(
     lengths = torch.zeros_like(starts).scatter_add_(1, starts, torch.ones_like(starts)).gather(1, starts)
 
     deck = rand(num_videos, NUM_OBJECTS).argsort(stable=True, dim=1)
-    targets, absent, counted, distractors = deck.split(
-        [MAX_TARGETS, NUM_ABSENT, NUM_COUNTED, NUM_OBJECTS - MAX_TARGETS - NUM_ABSENT - NUM_COUNTED], 1
+    targets, absent, counted, distractors = torch.tensor_split(
+        deck, (MAX_TARGETS, MAX_TARGETS + NUM_ABSENT, MAX_TARGETS + NUM_ABSENT + NUM_COUNTED), 1
     )
     # Steps that are never 0 modulo the deck keep two neighbouring distractors apart.
     num_distractors = distractors.shape[1]
