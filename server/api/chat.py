@@ -1,0 +1,196 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from compression.select import Dial
+from server.api import sse
+from server.api.answer import Answer, unless_disconnected
+from server.api.context import Context, Services, Tenant
+from server.api.errors import ApiError, bad_request
+from server.api.failures import api_error
+from server.api.inline import ingest
+from server.api.messages import Conversation, parse_messages
+from server.api.schemas import ChatRequest
+from server.api.unsupported import refuse_unsupported
+from server.engine.request import Outcome, Request, SamplingParams
+
+router = APIRouter()
+
+_MAX_STOPS = 4
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: Tenant) -> Response:
+    """An answer, streamed or whole, as OpenAI sends it, with the evidence in ``x2l``."""
+    refuse_unsupported(body.model_extra)
+    require_model(services, body.model)
+    conversation = parse_messages(body.messages)
+    params = _sampling_params(body, services)
+    dial = _dial(body, conversation)
+    file_id = await unless_disconnected(http, _file_id(body, conversation, services, tenant))
+    reply = _Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model)
+    answer = Answer(
+        services.engine,
+        Request(id=reply.id, turns=conversation.turns, params=params, file_id=file_id, tenant=tenant, dial=dial),
+    )
+    await answer.start()
+    try:
+        if not body.stream:
+            text, final, outcome = await unless_disconnected(http, answer.collect())
+            return JSONResponse(reply.completion(text, final.finish_reason or "stop", outcome))
+        # An early failure is still an HTTP status; afterwards comments keep the connection alive.
+        await unless_disconnected(http, answer.wait_first(services.settings.keep_alive_s))
+    except BaseException:
+        answer.cancel()
+        raise
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+    return sse.EventStream(
+        _events(answer, reply, with_usage=with_usage),
+        keep_alive_s=services.settings.keep_alive_s,
+        on_close=answer.cancel,
+    )
+
+
+def require_model(services: Services, name: str) -> None:
+    """Raises a 404 unless ``name`` is the model that is served."""
+    served = services.spec.name
+    if name != served:
+        raise ApiError(
+            404,
+            f"The model {name[:80]!r} does not exist here; this server has {served!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _sampling_params(body: ChatRequest, services: Services) -> SamplingParams:
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(stop) > _MAX_STOPS or not all(stop):
+        raise bad_request(f"stop takes at most {_MAX_STOPS} texts, none empty", param="stop", code="invalid_value")
+    asked = body.max_completion_tokens or body.max_tokens
+    ceiling = services.settings.max_tokens
+    default = services.spec.temperature
+    return SamplingParams(
+        temperature=default if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        seed=body.seed,
+        max_tokens=None if asked is None else min(asked, ceiling),
+        stop=tuple(stop),
+    )
+
+
+def _dial(body: ChatRequest, conversation: Conversation) -> Dial:
+    if body.x2l is None:
+        return Dial()
+    asked = body.x2l.model_dump(exclude_none=True)
+    if asked and conversation.video is None:
+        raise bad_request("x2l needs a video in the messages", param="x2l", code="invalid_value")
+    if "chunks" in asked:
+        asked["chunks"] = tuple(asked["chunks"])
+    return Dial(**asked)
+
+
+async def _file_id(body: ChatRequest, conversation: Conversation, services: Services, tenant: str) -> str | None:
+    video = conversation.video
+    kwargs = body.media_io_kwargs.video if body.media_io_kwargs else None
+    if video is None or video.is_stored:
+        if kwargs is not None and (kwargs.fps is not None or kwargs.num_frames is not None):
+            raise bad_request(
+                "media_io_kwargs applies to videos inside the request; a stored one was sampled at its upload",
+                param="media_io_kwargs.video",
+                code="invalid_value",
+            )
+        return video.location if video else None
+    sampling = services.sampling(
+        None if kwargs is None or kwargs.fps == -1 else kwargs.fps,
+        None if kwargs is None or kwargs.num_frames == -1 else kwargs.num_frames,
+        fps_param="media_io_kwargs.video.fps",
+        frames_param="media_io_kwargs.video.num_frames",
+    )
+    return await ingest(services, video, sampling, tenant)
+
+
+async def _events(answer: Answer, reply: _Reply, *, with_usage: bool) -> AsyncIterator[bytes]:
+    usage: dict[str, Any] = {"usage": None} if with_usage else {}
+    yield sse.event(reply.chunk({"role": "assistant", "content": ""}) | usage)
+    try:
+        async for delta in answer.deltas():
+            if delta.text:
+                yield sse.event(reply.chunk({"content": delta.text}) | usage)
+            if delta.outcome is not None:
+                last = reply.chunk({}, delta.finish_reason)
+                if delta.outcome.file_id is not None:
+                    last["x2l"] = _evidence(delta.outcome)
+                yield sse.event(last | usage)
+                if with_usage:
+                    yield sse.event(
+                        reply.head("chat.completion.chunk") | {"choices": [], "usage": _usage(delta.outcome)}
+                    )
+    except Exception as error:  # the status is long sent: whatever it is, the client gets to know it here
+        yield sse.event(api_error(error).body())
+        return
+    yield sse.DONE
+
+
+class _Reply:
+    """The JSON objects of one answer: same id, time and model throughout."""
+
+    def __init__(self, reply_id: str, created: int, model: str) -> None:
+        self.id = reply_id
+        self._created = created
+        self._model = model
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+    def chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return self.head("chat.completion.chunk") | {"choices": [choice]}
+
+    def completion(self, text: str, finish_reason: str, outcome: Outcome) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        whole = self.head("chat.completion") | {"choices": [choice], "usage": _usage(outcome)}
+        if outcome.file_id is not None:
+            whole["x2l"] = _evidence(outcome)
+        return whole
+
+
+def _usage(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "prompt_tokens": outcome.prompt_tokens,
+        "completion_tokens": outcome.completion_tokens,
+        "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": outcome.cached_tokens},
+    }
+
+
+def _evidence(outcome: Outcome) -> dict[str, Any]:
+    """The response's ``x2l`` object."""
+    return {
+        "file_id": outcome.file_id,
+        "evidence": [
+            {"chunk": item.chunk, "start_s": item.start_s, "end_s": item.end_s, "score": item.score}
+            for item in outcome.evidence
+        ],
+        "scores": list(outcome.scores),
+        "kv_tokens": {"mixed": outcome.mixed_tokens, "low": outcome.low_tokens, "high": outcome.high_tokens},
+        "degraded": outcome.degraded,
+        "timings_ms": {
+            "score": outcome.score_ms,
+            "reload": outcome.reload_ms,
+            "prefill": outcome.prefill_ms,
+            "decode": outcome.decode_ms,
+        },
+        "reload_bytes": outcome.reload_nbytes,
+    }

@@ -1,0 +1,121 @@
+"""Refusals in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+NO_RETRY = {"x-should-retry": "false"}
+
+
+class ApiError(HTTPException):
+    """An error reply. An HTTPException, because FastAPI lets only those pass while it reads a body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, detail=message, headers=headers)
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """The reply's JSON object."""
+        return {
+            "error": {
+                "message": self.detail,
+                "type": error_type(self.status_code),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        """The whole reply."""
+        return JSONResponse(self.body(), self.status_code, headers=self.headers)
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """A 400."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def file_not_found(file_id: str, *, param: str = "file_id") -> ApiError:
+    """A 404 for a file that this client does not have."""
+    return ApiError(404, f"No such file: {file_id[:80]!r}", param=param, code="file_not_found")
+
+
+def error_type(status: int) -> str:
+    """OpenAI's ``type`` for an HTTP status."""
+    if status == 401:
+        return "authentication_error"
+    if status == 429:
+        return "rate_limit_error"
+    if status == 503:
+        return "service_unavailable_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def param_name(location: Sequence[int | str]) -> str | None:
+    """A pydantic location as a field path: ``messages[0].content``."""
+    name = ""
+    for part in location:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    return name or None
+
+
+def from_validation(error: ValidationError | RequestValidationError, *, under: str = "") -> ApiError:
+    """The 400 for the most deeply located complaint (of a union's branches, the one that came furthest)."""
+    first = max(error.errors(), key=lambda entry: len(entry["loc"]))
+    location = [part for part in first["loc"] if part != "body" and not _is_branch(part)]
+    if first["type"] == "json_invalid":
+        return bad_request("The body is not valid JSON", code="invalid_json")
+    param = param_name(location)
+    if under:
+        param = f"{under}.{param}" if param else under
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return bad_request(f"{param or 'A field'} is missing", param=param, code="missing_required_parameter")
+    return bad_request(f"{param}: {message}" if param else message, param=param, code="invalid_value")
+
+
+def _is_branch(part: int | str) -> bool:
+    # pydantic puts the branch of a union into the location: "str", "list[str]", "VideoReference".
+    return isinstance(part, str) and (part == "str" or "[" in part or part[:1].isupper())
+
+
+def install(app: FastAPI) -> None:
+    """Makes every refusal of the framework an OpenAI error."""
+
+    @app.exception_handler(ApiError)
+    async def refuse(_: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return from_validation(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
+        where = f"{request.method} {request.url.path}"
+        if error.status_code == 404:
+            known = ApiError(404, f"Unknown route: {where}", code="unknown_url")
+        elif error.status_code == 405:
+            known = ApiError(405, f"Method not allowed: {where}", code="method_not_allowed", headers=error.headers)
+        elif error.status_code == 400:
+            known = bad_request("The body could not be read", code="invalid_body")
+        else:
+            known = ApiError(error.status_code, HTTPStatus(error.status_code).phrase, headers=error.headers)
+        return known.response()

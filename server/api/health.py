@@ -1,0 +1,31 @@
+"""Liveness, readiness and metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import JSONResponse, Response
+
+from server.api.context import Context
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(services: Context) -> Response:
+    """200 while questions can be answered."""
+    if services.engine.ready and not services.stopping:
+        return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "stopping" if services.stopping else "starting"}, 503)
+
+
+@router.get("/metrics")
+async def metrics(services: Context) -> Response:
+    """The engine's gauges for Prometheus."""
+    return Response(generate_latest(services.engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,124 @@
+"""What wraps every request, as plain ASGI so that streams and disconnects pass untouched."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import NO_RETRY, ApiError
+
+log = logging.getLogger("x2l")
+
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+OPEN_FOLDER = "/playground/"
+_LINGER_S = 5.0
+
+
+class RequestId:
+    """Names every request in ``x-request-id`` and turns what nobody caught into a 500 that tells nothing inside."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = f"req_{uuid.uuid4().hex}"
+        started = False
+
+        async def named_send(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, named_send)
+        except ClientDisconnect:
+            log.info("%s: client went away", request_id)
+        except Exception:
+            log.exception("%s: %s %s failed", request_id, scope["method"], scope["path"])
+            if started:
+                raise
+            error = ApiError(500, f"Internal error ({request_id})", code="internal_error", headers=NO_RETRY)
+            await error.response()(scope, receive, named_send)
+
+
+class Auth:
+    """Asks for one of the API keys and puts the tenant (SHA-256 hex of the key, "" without keys) into the state."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self._tenants = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            tenant = self._tenant(Headers(scope=scope))
+            open_path = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
+            if tenant is None and not open_path:
+                error = ApiError(
+                    401,
+                    "Incorrect or missing API key: send 'Authorization: Bearer KEY'",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+                await error.response()(scope, receive, send)
+                return
+            scope.setdefault("state", {})["tenant"] = tenant or ""
+        await self.app(scope, receive, send)
+
+    def _tenant(self, headers: Headers) -> str | None:
+        if not self._tenants:
+            return ""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        presented = hashlib.sha256(key.strip().encode()).hexdigest()
+        matches = [known for known in self._tenants if hmac.compare_digest(known, presented)]  # all, for constant time
+        return matches[0] if matches else None
+
+
+class BodyLimit:
+    """Refuses bodies over ``max_bytes`` while they arrive. The upload route counts for itself."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, exempt: frozenset[str]) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.exempt = exempt
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self.exempt:
+            await self.app(scope, receive, send)
+            return
+        received = 0
+
+        async def counted_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                await discard_body(receive)
+                raise ApiError(413, f"The body is larger than {self.max_bytes} bytes", code="request_too_large")
+            return message
+
+        await self.app(scope, counted_receive, send)
+
+
+async def discard_body(receive: Receive) -> None:
+    """Reads on for a moment, so that a client that is still sending gets the refusal and not a broken connection."""
+    try:
+        async with asyncio.timeout(_LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
+    except TimeoutError:
+        return

@@ -1,0 +1,217 @@
+"""The JSON that clients send and get. Unknown fields pass, except in our own ``x2l`` object."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Message(_Open):
+    """One message; content parts are checked one by one in messages.py."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class TextPart(_Open):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class VideoReference(_Open):
+    """A video: a stored file's id, its bytes as a data: URL, or a URL. Exactly one of the three."""
+
+    file_id: str | None = None
+    file_data: str | None = None
+    url: str | None = None
+    filename: str | None = None
+
+
+class FilePart(_Open):
+    """OpenAI's file part."""
+
+    type: Literal["file"]
+    file: VideoReference
+
+
+class VideoUrlPart(_Open):
+    """vLLM's video part."""
+
+    type: Literal["video_url"]
+    video_url: VideoReference
+
+
+class VideoPart(_Open):
+    """A video by id, by URL or by reference."""
+
+    type: Literal["video"]
+    video: str | VideoReference
+
+
+class Dials(_Closed):
+    """The request's ``x2l`` object: how much to re-load."""
+
+    reload: int | None = Field(None, ge=0)
+    budget_tokens: int | None = Field(None, ge=1)
+    chunks: list[int] | None = None
+    mode: Literal["auto", "low", "high"] | None = None
+    start_s: float | None = Field(None, ge=0, allow_inf_nan=False)
+    end_s: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one_dial(self) -> Dials:
+        names = [name for name in ("reload", "budget_tokens", "chunks", "mode") if getattr(self, name) is not None]
+        if len(names) > 1:
+            raise ValueError(f"at most one of reload, budget_tokens, chunks and mode; got {' and '.join(names)}")
+        return self
+
+
+class VideoKwargs(_Open):
+    """Sampling of an inline video (vLLM's words); -1 is the server's default."""
+
+    num_frames: int | None = Field(None, ge=-1)
+    fps: float | None = Field(None, ge=-1, allow_inf_nan=False)
+
+
+class MediaKwargs(_Open):
+    """vLLM's ``media_io_kwargs``."""
+
+    video: VideoKwargs | None = None
+
+
+class StreamOptions(_Open):
+    """OpenAI's ``stream_options``."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(_Open):
+    """``POST /v1/chat/completions``."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: str | list[str] | None = None
+    x2l: Dials | None = None
+    media_io_kwargs: MediaKwargs | None = None
+
+
+class RelevanceRequest(_Closed):
+    """``POST /v1/files/{id}/relevance``."""
+
+    question: str
+
+
+class Levels(BaseModel):
+    """One number for each compression level."""
+
+    low: int
+    high: int
+
+
+class Tokens(Levels):
+    """Visual tokens and KV tokens, without the prefix."""
+
+    visual: int
+
+
+class Video(BaseModel):
+    """The extension field ``video`` of a file."""
+
+    duration_s: float
+    width: int
+    height: int
+    num_frames: int
+    num_chunks: int
+    chunks_done: int
+    progress: float
+    tokens: Tokens
+    bytes: Levels
+    prefill_s: float | None
+    prefill_mode: str | None
+
+
+class FileObject(BaseModel):
+    """OpenAI's file with the extension field ``video``."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"]
+    status_details: str | None
+    video: Video | None
+
+
+class FileList(BaseModel):
+    """A page of files."""
+
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(BaseModel):
+    """The reply to a deletion."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class ChunkObject(BaseModel):
+    """One chunk of a video."""
+
+    index: int
+    start_s: float
+    end_s: float
+    num_frames: int
+    tokens: Levels
+    resident: bool
+
+
+class Relevance(BaseModel):
+    """One score per chunk, and the chunks that the default would re-load, best first."""
+
+    file_id: str
+    scores: list[float]
+    selection: list[int]
+
+
+class ModelObject(BaseModel):
+    """OpenAI's model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "x2l"
+
+
+class ModelList(BaseModel):
+    """All models: the one that is served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]

@@ -1,0 +1,74 @@
+"""Fields of other servers that this one cannot honour: refused by name, accepted where they ask for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from server.api.errors import bad_request
+
+# Field -> the values that ask for nothing. None and absence always do; every other value is refused.
+_NO_OPS: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "echo": (False,),
+    "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": ({},),
+}
+_MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "function_call": (),
+    "audio": (),
+    "refusal": (),
+}
+
+
+def refuse_unsupported(fields: Mapping[str, Any] | None) -> None:
+    """Raises a 400 that names the first request field this server cannot honour."""
+    _refuse(fields or {}, _NO_OPS, "")
+
+
+def refuse_unsupported_in_message(fields: Mapping[str, Any] | None, where: str) -> None:
+    """The same for one message at the path ``where``."""
+    _refuse(fields or {}, _MESSAGE_NO_OPS, f"{where}.")
+
+
+def _refuse(fields: Mapping[str, Any], no_ops: Mapping[str, tuple[Any, ...]], under: str) -> None:
+    for name, value in fields.items():
+        if value is None or name not in no_ops or any(_same(value, no_op) for no_op in no_ops[name]):
+            continue
+        raise bad_request(f"{under}{name} is not supported", param=f"{under}{name}", code="unsupported_parameter")
+
+
+def _same(value: Any, no_op: Any) -> bool:
+    # True == 1 in Python, and not in JSON.
+    return isinstance(value, bool) == isinstance(no_op, bool) and bool(value == no_op)

@@ -1,0 +1,127 @@
+"""Puts the server together: settings in, store, model, engine and HTTP application out. Nothing else assembles."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from kvstore.base import Store, open_store
+from server.api import chat, errors, failures, files, health, models, playground
+from server.api.context import Services
+from server.api.middleware import Auth, BodyLimit, RequestId
+from server.config import Settings
+from server.engine.engine import Engine
+from server.engine.options import EngineOptions
+from server.models.base import VideoModel
+from server.models.registry import load_model
+from server.video.reader import VideoLimits
+
+_JSON_OVERHEAD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What answers questions: the model, the store, and the engine over both."""
+
+    model: VideoModel
+    store: Store
+    engine: Engine
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Closes engine and store. May be called again."""
+        self.engine.close(drain_s)
+        self.store.close()
+
+
+def open_backend(settings: Settings) -> Backend:
+    """Loads the model and opens the store. Raises ValueError or StoreError for settings that cannot be met."""
+    model = load_model(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        low_ratio=settings.low_ratio,
+        high_ratio=settings.high_ratio,
+    )
+    store = open_store(settings.store)
+    return Backend(model, store, Engine(model, store, _engine_options(settings)))
+
+
+def create_app(settings: Settings, backend: Backend) -> FastAPI:
+    """The ASGI application. Its lifespan starts the engine and drains it in the end; the store stays open."""
+    engine = backend.engine
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with tempfile.TemporaryDirectory(prefix="x2l-", ignore_cleanup_errors=True) as spool:
+            services = Services(settings, engine, backend.model.spec, Path(spool))
+            app.state.services = services
+            await asyncio.to_thread(engine.start)
+            try:
+                yield
+            finally:
+                services.stopping = True
+                await asyncio.to_thread(engine.close, settings.drain_s)
+
+    app = FastAPI(
+        title="Video-X²L server",
+        version=version("video-x2l-server"),
+        lifespan=lifespan,
+        middleware=_middleware(settings),
+        redoc_url=None,
+    )
+    errors.install(app)
+    failures.install(app)
+    for routes in (chat, files, models, health, playground):
+        app.include_router(routes.router)
+    return app
+
+
+def _middleware(settings: Settings) -> list[Middleware]:
+    stack = [
+        Middleware(Auth, keys=settings.api_key),
+        Middleware(
+            BodyLimit,
+            max_bytes=settings.max_inline_bytes * 4 // 3 + _JSON_OVERHEAD_BYTES,  # base64
+            exempt=frozenset({"/v1/files"}),
+        ),
+    ]
+    if settings.cors_origin:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origin),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+        stack.insert(0, cors)
+    return [Middleware(RequestId), *stack]
+
+
+def _engine_options(settings: Settings) -> EngineOptions:
+    return EngineOptions(
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        max_tokens=settings.max_tokens,
+        max_concurrent_prefills=settings.max_concurrent_prefills,
+        default_reload=settings.reload,
+        keep_video=settings.keep_video,
+        store_quota_bytes=settings.store_quota_bytes,
+        resident_nbytes=settings.gpu_kv_budget_bytes,
+        limits=VideoLimits(
+            max_nbytes=settings.max_upload_bytes,
+            max_duration_s=settings.max_duration_s,
+            max_pixels=settings.max_pixels,
+            max_frames=settings.max_frames,
+            wall_clock_s=settings.decode_timeout_s,
+            memory_nbytes=settings.decode_memory_bytes,
+        ),
+    )

@@ -1,0 +1,38 @@
+"""The commands of ``x2l``."""
+
+from __future__ import annotations
+
+import sys
+
+import httpx
+import typer
+from rich.console import Console
+
+from server.cli import ask, demo, files, make_video, serve
+from server.cli.client import ServerError
+from server.config import SettingsError
+
+app = typer.Typer(name="x2l", help="Ask long videos questions.", no_args_is_help=True, pretty_exceptions_enable=False)
+serve.add_to(app)
+files.add_to(app)
+ask.add_to(app)
+demo.add_to(app)
+make_video.add_to(app)
+
+
+def main() -> None:
+    """Runs a command; what goes wrong is one line on stderr and exit code 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ServerError, SettingsError, OSError) as error:
+        fail(str(error))
+    except httpx.HTTPError as error:
+        fail(f"cannot talk to the server: {error or type(error).__name__}")
+
+
+def fail(message: str) -> None:
+    """One line on stderr, exit code 1."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"x2l: {message}", markup=False)
+    sys.exit(1)

@@ -1,0 +1,108 @@
+"""``x2l ask``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any, Literal
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from server.cli.client import DEFAULT_BASE_URL, ApiKey, BaseUrl, check, connect, event_stream
+from server.cli.files import clock
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the command."""
+    app.command()(ask)
+
+
+def ask(
+    file_id: Annotated[str, typer.Argument(help="The id that x2l upload printed.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
+    reload: Annotated[int | None, typer.Option(min=0, help="Chunks to re-load.")] = None,
+    budget_tokens: Annotated[int | None, typer.Option(min=1, help="Bound of the whole mixed cache.")] = None,
+    chunks: Annotated[str | None, typer.Option(help="Exactly these chunks, like 3,7.")] = None,
+    mode: Annotated[Literal["auto", "low", "high"] | None, typer.Option(help="All chunks at one level.")] = None,
+    start_s: Annotated[float | None, typer.Option(min=0, help="Look from here ...")] = None,
+    end_s: Annotated[float | None, typer.Option(min=0, help="... to here only.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
+    api_key: ApiKey = "",
+) -> None:
+    """Asks a question about an uploaded video: the answer as it comes, then the evidence."""
+    dials = {
+        "reload": reload,
+        "budget_tokens": budget_tokens,
+        "chunks": _indices(chunks),
+        "mode": mode,
+        "start_s": start_s,
+        "end_s": end_s,
+    }
+    options = {
+        "x2l": {name: value for name, value in dials.items() if value is not None},
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+    }
+    options = {name: value for name, value in options.items() if value not in (None, {})}
+    with connect(base_url, api_key) as client:
+        if json_output:
+            reply = check(client.post("/v1/chat/completions", json=chat_body(client, file_id, question, options)))
+            print(json.dumps(reply.json(), indent=2, ensure_ascii=False))
+            return
+        _, evidence = stream_answer(client, file_id, question, options)
+    print_evidence(evidence, Console(stderr=True))
+
+
+def stream_answer(
+    client: httpx.Client, file_id: str, question: str, options: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Prints the answer as it comes; the whole text and the reply's ``x2l`` object. Raises ServerError."""
+    body = chat_body(client, file_id, question, options) | {"stream": True}
+    text = ""
+    evidence: dict[str, Any] = {}
+    with event_stream(client, "POST", "/v1/chat/completions", json=body) as chunks:
+        for chunk in chunks:
+            piece = chunk["choices"][0]["delta"].get("content") or ""
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            text += piece
+            evidence = chunk.get("x2l", evidence)
+    print()
+    return text, evidence
+
+
+def chat_body(client: httpx.Client, file_id: str, question: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The request's body for one question about one file."""
+    content = [{"type": "file", "file": {"file_id": file_id}}, {"type": "text", "text": question}]
+    model = check(client.get("/v1/models")).json()["data"][0]["id"]
+    return {"model": model, "messages": [{"role": "user", "content": content}]} | options
+
+
+def print_evidence(x2l: dict[str, Any], console: Console) -> None:
+    """The re-loaded chunks as a table, and what the answer cost."""
+    if x2l["evidence"]:
+        table = Table("evidence", "from", "to", "score", box=None, header_style="bold")
+        for item in x2l["evidence"]:
+            table.add_row(
+                f"chunk {item['chunk']}", clock(item["start_s"]), clock(item["end_s"]), f"{item['score']:.3f}"
+            )
+        console.print(table)
+    tokens, timings = x2l["kv_tokens"], x2l["timings_ms"]
+    degraded = ", degraded" if x2l["degraded"] else ""
+    spent = ", ".join(f"{name} {value:.0f} ms" for name, value in timings.items())
+    console.print(f"{tokens['mixed']} KV tokens of {tokens['low']}{degraded}; {spent}", highlight=False)
+
+
+def _indices(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter("a comma-separated list of chunk numbers, like 3,7", param_hint="--chunks") from None

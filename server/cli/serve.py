@@ -1,0 +1,93 @@
+"""``x2l serve``. Its options are the settings themselves, one for one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvstore.errors import StoreError
+from server.config import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from server.models.base import VideoModel
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the command."""
+    app.command("serve")(_with_setting_options(serve))
+
+
+def serve(**options: Any) -> None:
+    """Serves a model until SIGTERM or Ctrl-C.
+
+    Every option is also an environment variable X2L_<NAME>. Sizes take units (20GB, 64MiB).
+    """
+    settings = load_settings(**options)
+    from server.app import open_backend  # torch takes seconds to load: after the settings are known to be good
+    from server.cli.serving import Server
+
+    try:
+        backend = open_backend(settings)
+    except (ValueError, StoreError) as error:
+        raise SettingsError(str(error)) from error
+    try:
+        Console().print(_summary(settings, backend.model))
+        Server(settings, backend).run()
+    finally:
+        backend.close()
+
+
+def _summary(settings: Settings, model: VideoModel) -> Table:
+    from torch import nn
+
+    spec = model.spec
+    # A model keeps its modules as attributes; the contract asks for none in particular.
+    modules = [value for value in vars(model).values() if isinstance(value, nn.Module)]
+    num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
+    tokens = spec.tokens_per_frame * spec.fps * 3600
+    sizes = [tokens / ratio * token_nbytes / 1e6 for ratio in (spec.low_ratio, spec.high_ratio)]
+    rows = {
+        "model": f"{spec.name}, {num_parameters / 1e6:.1f} M parameters",
+        "device": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",
+        "store": settings.store,
+        "ratios": f"{spec.low_ratio} (detailed) and {spec.high_ratio} (small), re-load {spec.default_reload} chunks",
+        "size": f"{sizes[0]:.1f} MB (detailed) and {sizes[1]:.1f} MB (small) of KVs per video-hour",
+        "access": f"{len(settings.api_key)} API keys" if settings.api_key else "no API key",
+        "address": f"http://{settings.host}:{settings.port}" if settings.port else "a free port",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    return table
+
+
+def _with_setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives ``command`` one option per setting. All but the flags go as text: Settings parses and checks them."""
+    parameters = []
+    for name, field in Settings.model_fields.items():
+        default = field.get_default()
+        kind: Any = str | None
+        flag = f"--{name.replace('_', '-')}"
+        if field.annotation is bool:
+            kind, flag = bool | None, f"{flag}/--no-{name.replace('_', '-')}"
+        elif isinstance(default, tuple):
+            kind = list[str] | None
+        shown = "" if default in (None, ()) or field.default_factory else f" [default: {default}]"
+        option = typer.Option(flag, help=f"{field.description}{shown}", metavar=name.upper(), show_default=False)
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+        )
+
+    def run(**options: Any) -> None:
+        command(**options)
+
+    run.__doc__ = command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
