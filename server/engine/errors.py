@@ -1,0 +1,66 @@
+"""Everything the engine refuses or fails with.
+
+EngineError
+├── QueueFull                   as many requests are in flight as the options allow; try again later
+├── ContextLengthExceeded       video, prompt and answer need more positions than the model has
+├── FileNotFound                no such file for this tenant, or it was deleted meanwhile
+├── VideoFailed                 the file could not be prefilled, or its KVs cannot be read any more
+├── Cancelled                   the client asked for it
+├── ShuttingDown                the engine is closing, or has failed
+├── DeviceOutOfMemory           this one request did not fit on the device
+└── RequestFailed               an unforeseen error inside this one request
+
+``compression.select.SelectionError``, ``server.video`` errors and ``kvstore.errors`` pass through as they are.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Root of the tree above."""
+
+
+class QueueFull(EngineError):  # noqa: N818 - errors are named for what is wrong
+    """As many requests are in flight as the options allow."""
+
+
+class ContextLengthExceeded(EngineError):  # noqa: N818
+    """``asked`` tokens (mixed cache, prompt and room for the answer) where the model has ``limit`` positions."""
+
+    def __init__(self, limit: int, asked: int) -> None:
+        super().__init__(f"this model's maximum context length is {limit} tokens, but {asked} were asked for")
+        self.limit = limit
+        self.asked = asked
+
+
+class FileNotFound(EngineError):  # noqa: N818
+    """No such file for this tenant, or it was deleted meanwhile."""
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"no such file: {file_id}")
+        self.file_id = file_id
+
+
+class VideoFailed(EngineError):  # noqa: N818
+    """The file could not be prefilled, or its KVs cannot be read any more; ``status_details`` tells why."""
+
+    def __init__(self, file_id: str, status_details: str) -> None:
+        super().__init__(f"file {file_id} cannot be used: {status_details}")
+        self.file_id = file_id
+        self.status_details = status_details
+
+
+class Cancelled(EngineError):  # noqa: N818
+    """The client asked for it."""
+
+
+class ShuttingDown(EngineError):  # noqa: N818
+    """The engine is closing, or has failed."""
+
+
+class DeviceOutOfMemory(EngineError):  # noqa: N818
+    """This one request did not fit on the device."""
+
+
+class RequestFailed(EngineError):  # noqa: N818
+    """An unforeseen error inside this one request; the cause is chained and logged."""

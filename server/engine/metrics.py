@@ -1,0 +1,68 @@
+"""What the engine tells of itself, in Prometheus' terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from server.engine.request import Outcome
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_BATCH = (1, 2, 4, 8, 16, 32, 64)
+
+
+class EngineMetrics:
+    """Counters, gauges and histograms in a registry of their own, so that engines do not share them."""
+
+    def __init__(
+        self,
+        *,
+        in_flight: Callable[[], int],
+        running: Callable[[], int],
+        resident_nbytes: Callable[[], int],
+        resident_videos: Callable[[], int],
+    ) -> None:
+        """Takes functions that tell the gauges' values when they are asked for; from any thread."""
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("x2l_requests", "Requests ended, by how", ["outcome"], registry=registry)
+        self.tokens = Counter("x2l_generated_tokens", "Tokens generated", registry=registry)
+        self.reload_bytes = Counter("x2l_reload_bytes", "Bytes of L-KVs read for questions", registry=registry)
+        self.degraded = Counter("x2l_degraded", "Answers in which an H-KV stood in for an L-KV", registry=registry)
+        self.chunks = Counter("x2l_prefilled_chunks", "Chunks of uploads prefilled", registry=registry)
+        self.batch = Histogram("x2l_batch_size", "Sequences in a forward pass", buckets=_BATCH, registry=registry)
+        self.chunk_seconds = self._seconds("x2l_prefill_chunk_seconds", "Time to prefill one chunk of an upload")
+        self.phases = {
+            phase: self._seconds(f"x2l_{phase}_seconds", f"Time of a question's {phase} phase")
+            for phase in ("score", "reload", "prefill", "decode")
+        }
+        for name, text, value in (
+            ("x2l_requests_in_flight", "Requests accepted and not ended", in_flight),
+            ("x2l_requests_running", "Requests that hold a slot", running),
+            ("x2l_requests_waiting", "Requests that wait for a slot or a video", lambda: in_flight() - running()),
+            ("x2l_resident_bytes", "Bytes of H-KVs on the device", resident_nbytes),
+            ("x2l_resident_videos", "Videos whose H-KVs are on the device", resident_videos),
+        ):
+            Gauge(name, text, registry=registry).set_function(value)
+
+    def answered(self, outcome: Outcome) -> None:
+        """Counts a request that has ended well."""
+        self.requests.labels("ok").inc()
+        self.tokens.inc(outcome.completion_tokens)
+        self.reload_bytes.inc(outcome.reload_nbytes)
+        self.degraded.inc(outcome.degraded)
+        times_ms = {
+            "score": outcome.score_ms,
+            "reload": outcome.reload_ms,
+            "prefill": outcome.prefill_ms,
+            "decode": outcome.decode_ms,
+        }
+        for phase, time_ms in times_ms.items():
+            self.phases[phase].observe(time_ms / 1000)
+
+    def failed(self, error: Exception) -> None:
+        """Counts a request that has ended with an error."""
+        self.requests.labels(type(error).__name__).inc()
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, buckets=_SECONDS, registry=self.registry)

@@ -1,0 +1,38 @@
+"""The engine's part of the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from server.models.base import ModelSpec
+from server.video.reader import VideoLimits
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Bounds and policies. None means no bound, or the model's own default.
+
+    ``max_batch`` requests hold a cache and run; ``max_queue`` more may wait. ``prefill_share`` of the engine's time
+    goes to uploads while questions are running as well, and the rest to the questions.
+    """
+
+    max_batch: int = 16
+    max_queue: int = 64
+    max_tokens: int = 1024
+    max_concurrent_prefills: int = 2
+    prefill_share: float = 0.5
+    default_reload: int | None = None
+    keep_video: bool = True
+    store_quota_nbytes: int | None = None
+    resident_nbytes: int | None = None
+    limits: VideoLimits = field(default_factory=VideoLimits)
+    inline_ttl_s: int = 86_400
+    sweep_interval_s: float = 30.0
+    reader_threads: int = 4
+    writer_threads: int = 2
+
+    def limits_for(self, spec: ModelSpec) -> VideoLimits:
+        """The limits of a video for a model, which may not be able to tell the time of a longer one."""
+        if spec.max_duration_s is None:
+            return self.limits
+        return replace(self.limits, max_duration_s=min(self.limits.max_duration_s, spec.max_duration_s))

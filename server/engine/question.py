@@ -1,0 +1,220 @@
+"""A request in flight."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compression.chunk import Chunk
+from compression.kv import ChunkKV
+from compression.mixed import MixedCache
+from compression.select import CacheSizes, Selection, select
+from kvstore.manifest import Manifest
+from kvstore.resident import HighKV, Lease
+from server.engine.detokenize import Detokenizer, StopStrings
+from server.engine.errors import ContextLengthExceeded
+from server.engine.request import Delta, Evidence, FinishReason, Outcome, Request
+from server.engine.sampler import Sampler
+from server.engine.video import Video
+from server.models.base import Row, VideoModel
+
+
+class Phase(enum.Enum):
+    """Where a question stands. From LOADING to DECODE it holds one of the slots."""
+
+    WAITING = enum.auto()  # its video is being prefilled
+    QUEUED = enum.auto()  # for a slot
+    LOADING = enum.auto()  # its video's H-KVs come from the store
+    SCORE = enum.auto()
+    RELOADING = enum.auto()  # the selected L-KVs come from the store
+    PREFILL = enum.auto()
+    DECODE = enum.auto()
+    ENDED = enum.auto()
+
+    @property
+    def running(self) -> bool:
+        return self not in (Phase.WAITING, Phase.QUEUED, Phase.ENDED)
+
+
+class Question:
+    """One request and all that is known of it while it lives; the engine thread's own once it is in the scheduler."""
+
+    def __init__(
+        self,
+        request: Request,
+        on_delta: Callable[[Delta], None],
+        model: VideoModel,
+        *,
+        max_tokens: int,
+        default_reload: int,
+    ) -> None:
+        """``max_tokens`` is the ceiling of an answer. Raises ContextLengthExceeded if the prompt alone is too long."""
+        self.request = request
+        self.on_delta = on_delta
+        self.phase = Phase.QUEUED
+        self.video: Video | None = None
+        self.healed = False
+        """Whether its video was found damaged before: a second time is an error."""
+        self.lease: Lease | None = None
+        """On the video's H-KVs, while it runs."""
+        self.cache: MixedCache | None = None
+        self.selection = Selection(())
+        self.sampler = Sampler(request.params)
+        self._model = model
+        self._default_reload = default_reload
+        asked = request.params.max_tokens
+        self._most_tokens = max_tokens if asked is None else min(asked, max_tokens)
+        self._least_tokens = 1 if asked is None else self._most_tokens
+        self._prompt_ids = model.tokenize(request.turns)
+        self._detokenizer = Detokenizer(model.tokenizer)
+        self._stops = StopStrings(request.params.stop)
+        self._chunks: tuple[Chunk, ...] = ()
+        self._sizes = CacheSizes(0, (), ())
+        self._scores: tuple[float, ...] = ()
+        self._degraded = False
+        self._reload_nbytes = 0
+        self._last_token = 0
+        self._num_tokens = 0
+        self._max_tokens = self._room(0)
+        self._lap_s = time.perf_counter()
+        self._ms = {"score": 0.0, "reload": 0.0, "prefill": 0.0, "decode": 0.0}
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuses what can be known to fail before anything is scored, and notes what the video is made of.
+
+        Raises SelectionError, ContextLengthExceeded.
+        """
+        records = manifest.records
+        low, high = [record.num_low_tokens for record in records], [record.num_high_tokens for record in records]
+        self._chunks = tuple(record.chunk for record in records)
+        self._sizes = CacheSizes(manifest.num_prefix_tokens, low, high)
+        likely = self._select([0.0] * len(records))
+        exact = self.request.dial.chunks is not None or self.request.dial.mode == "low"
+        self._room(self._sizes.mixed(likely if exact else Selection(())))
+
+    def read_text_only(self, prefix: ChunkKV) -> None:
+        """Makes ready to answer without a video. Raises ContextLengthExceeded."""
+        self._sizes = CacheSizes(prefix.num_tokens, (), ())
+        self._max_tokens = self._room(prefix.num_tokens)
+        self._lap()
+        self._assemble(prefix, [])
+
+    def score(self, high: HighKV) -> None:
+        """Scores the chunks and selects what to re-load; with nothing to re-load it is ready to answer from the H-KVs.
+
+        Raises SelectionError, ContextLengthExceeded.
+        """
+        self._lap()
+        model = self._model
+        # The cache that is scored serves the answer too where nothing is re-loaded.
+        room = len(self._prompt_ids) + self._most_tokens
+        cache = MixedCache(high.prefix, high.chunks, model.rope, room=min(room, model.spec.max_positions))
+        trace = model.trace(self._ids(self._prompt_ids), cache)
+        self._scores = tuple(model.scorer.score(trace, cache, high.chunks, model.rope).tolist())
+        self.selection = self._select(self._scores)
+        self._max_tokens = self._room(self._sizes.mixed(self.selection))
+        self._ms["score"] = self._lap()
+        if not self.selection.chunks:
+            self.cache = cache
+
+    def reload(self, high: HighKV, low: Mapping[int, ChunkKV]) -> None:
+        """Makes ready to answer: the selected chunks' L-KVs in ``low``, which were read from the store to the CPU, and
+        the H-KVs of the others and of those that could not be read."""
+        self._degraded = any(index not in low for index in self.selection.chunks)
+        self._reload_nbytes = sum(kv.nbytes for kv in low.values())
+        chunks = list(high.chunks)
+        for index, kv in low.items():
+            device = self._model.device
+            chunks[index] = replace(kv, keys=kv.keys.to(device), values=kv.values.to(device))
+        self._assemble(high.prefix, chunks)
+        self._ms["reload"] = self._lap()
+
+    def row(self) -> Row:
+        """What it puts into the next forward pass: its prompt, or the token drawn last."""
+        assert self.cache is not None
+        return Row(self._ids(self._prompt_ids if self.phase is Phase.PREFILL else [self._last_token]), self.cache)
+
+    def accept(self, token: int) -> Delta:
+        """Takes the token drawn for :meth:`row`; what the client gets to see of it, and the end if this was it."""
+        if self.phase is Phase.PREFILL:
+            self._ms["prefill"] = self._lap()
+            self.phase = Phase.DECODE
+        if token in self._model.end_ids:
+            return self.finish("stop")
+        self._last_token = token
+        self._num_tokens += 1
+        text = self._stops.push(self._detokenizer.push(token))
+        if self._stops.met:
+            return self.finish("stop", text)
+        if self._num_tokens >= self._max_tokens:
+            return self.finish("length", text)
+        return Delta(text)
+
+    def finish(self, reason: FinishReason, text: str = "") -> Delta:
+        """The final delta, with ``text`` and whatever was held back."""
+        text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        if self.phase is Phase.DECODE:
+            self._ms["decode"] = self._lap()
+        return Delta(text, "stop" if self._stops.met else reason, self._outcome())
+
+    def release(self) -> None:
+        """Lets go of all memory; nothing may follow."""
+        self.phase = Phase.ENDED
+        self.cache = None
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+
+    def _room(self, num_mixed: int) -> int:
+        """Tokens that the answer may have behind a mixed cache of ``num_mixed``. Raises ContextLengthExceeded."""
+        limit, used = self._model.spec.max_positions, num_mixed + len(self._prompt_ids)
+        if used + self._least_tokens > limit:
+            raise ContextLengthExceeded(limit, used + self._least_tokens)
+        return min(self._most_tokens, limit - used)
+
+    def _select(self, scores: Sequence[float]) -> Selection:
+        return select(scores, self.request.dial, self._chunks, self._sizes, default_reload=self._default_reload)
+
+    def _assemble(self, prefix: ChunkKV, chunks: Sequence[ChunkKV]) -> None:
+        room = len(self._prompt_ids) + self._max_tokens
+        self.cache = MixedCache(prefix, chunks, self._model.rope, room=room)
+
+    def _ids(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids, device=self._model.device)
+
+    def _lap(self) -> float:
+        """Milliseconds since the last lap."""
+        last_s, self._lap_s = self._lap_s, time.perf_counter()
+        return (self._lap_s - last_s) * 1000
+
+    def _outcome(self) -> Outcome:
+        chosen = [(self._chunks[index], self._scores[index]) for index in self.selection.chunks]
+        sizes = self._sizes
+        mixed = sizes.mixed(self.selection) if self.cache is None else self.cache.num_mixed
+        return Outcome(
+            file_id=self.request.file_id,
+            evidence=tuple(Evidence(chunk.index, chunk.start_s, chunk.end_s, score) for chunk, score in chosen),
+            scores=self._scores,
+            selection=self.selection.chunks,
+            mixed_tokens=mixed,
+            low_tokens=sizes.prefix + sum(sizes.low),
+            high_tokens=sizes.prefix + sum(sizes.high),
+            degraded=self._degraded,
+            score_ms=self._ms["score"],
+            reload_ms=self._ms["reload"],
+            prefill_ms=self._ms["prefill"],
+            decode_ms=self._ms["decode"],
+            reload_nbytes=self._reload_nbytes,
+            prompt_tokens=mixed + len(self._prompt_ids),
+            completion_tokens=self._num_tokens,
+            cached_tokens=mixed,
+        )

@@ -1,0 +1,99 @@
+"""A file as the server knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from compression.chunk import Chunk
+from kvstore.errors import CorruptBlob
+from server.video.reader import Sampling
+
+FileStatus = Literal["uploaded", "processed", "error"]
+FileSource = Literal["upload", "inline"]
+
+
+@dataclass(frozen=True, slots=True)
+class VideoStatus:
+    """How far a video's prefill has come, and what it made. Tokens and bytes are without the prefix.
+
+    ``chunks`` are those prefilled so far, with their KV tokens at both levels in ``low_tokens`` and ``high_tokens``;
+    ``progress`` runs from 0 to 1. ``prefill_s`` and ``prefill_mode`` are None until it has ended.
+    """
+
+    duration_s: float
+    width: int
+    height: int
+    num_frames: int
+    num_chunks: int
+    chunks: tuple[Chunk, ...] = ()
+    low_tokens: tuple[int, ...] = ()
+    high_tokens: tuple[int, ...] = ()
+    tokens_visual: int = 0
+    nbytes_low: int = 0
+    nbytes_high: int = 0
+    prefill_s: float | None = None
+    prefill_mode: str | None = None
+
+    @property
+    def chunks_done(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def progress(self) -> float:
+        return self.chunks_done / self.num_chunks
+
+    @property
+    def tokens_low(self) -> int:
+        return sum(self.low_tokens)
+
+    @property
+    def tokens_high(self) -> int:
+        return sum(self.high_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A snapshot of one file. ``nbytes`` of content, Unix times in whole seconds, ``tenant`` as in a Request.
+
+    ``status_details`` tells why the status is ``error``. ``video`` is None where nothing is known of it.
+    """
+
+    id: str
+    tenant: str
+    filename: str
+    purpose: str
+    nbytes: int
+    created_at: int
+    expires_at: int | None
+    content_sha256: str
+    sampling: Sampling
+    source: FileSource
+    status: FileStatus = "uploaded"
+    status_details: str | None = None
+    video: VideoStatus | None = None
+
+    @property
+    def blob(self) -> str:
+        """The key of the stored record."""
+        return f"{RECORDS}{self.id}"
+
+    def to_json(self) -> bytes:
+        return _ADAPTER.dump_json(self)
+
+    @classmethod
+    def from_json(cls, data: bytes | bytearray) -> FileRecord:
+        """Raises CorruptBlob for what is no record."""
+        try:
+            return _ADAPTER.validate_json(data)
+        except ValidationError as error:
+            raise CorruptBlob(f"not a file record: {error}") from error
+
+
+RECORDS = "file/"
+"""The records' place in the store."""
+
+
+_ADAPTER = TypeAdapter(FileRecord)
