@@ -1,0 +1,93 @@
+"""A live server on loopback with the real engine, and the clients that drive it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from server.app import Backend, open_backend
+from server.cli.serving import running
+from server.config import Settings
+from server.models.tiny.make_video import make_video
+
+MODEL = "x2l-tiny"
+
+
+@dataclass(frozen=True)
+class Live:
+    """A running server."""
+
+    url: str
+    backend: Backend
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        """The stock SDK; refusals come back at once instead of being tried again."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
+
+
+Serve = Callable[..., AbstractContextManager[Live]]
+
+
+@pytest.fixture(scope="session")
+def serve() -> Serve:
+    """Starts a server with a few settings: ``with serve(api_key=("a",)) as live``."""
+
+    @contextlib.contextmanager
+    def start(**options: Any) -> Iterator[Live]:
+        settings = Settings(**{"store": "memory://", "port": 0, "log_level": "warning", "device": "cpu"} | options)
+        backend = open_backend(settings)
+        with running(settings, backend) as url:
+            yield Live(url, backend)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def live(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """The server that most tests share."""
+    store = f"disk:{tmp_path_factory.mktemp('store') / 'x2l'}"
+    with serve(store=store, keep_alive_s=0.2, max_upload_bytes=6_000_000, max_inline_bytes=2_000_000) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    with live.client() as stock:
+        yield stock
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic mp4 of three chunks, 48 s."""
+    path = tmp_path_factory.mktemp("video") / "made.mp4"
+    make_video(path, seed=3, chunks=3)
+    return path
+
+
+@pytest.fixture(scope="session")
+def file_id(client: openai.OpenAI, video: Path) -> str:
+    """The id of the video above, uploaded and processed."""
+    file = client.files.create(file=video, purpose="user_data")
+    assert client.files.wait_for_processing(file.id, poll_interval=0.1).status == "processed"
+    return file.id
+
+
+@pytest.fixture(autouse=True)
+def no_unforeseen_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No request may end in an error that nobody foresaw."""
+    yield
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def ask(file_id: str, question: str = "What code is on the red star?") -> list[dict[str, Any]]:
+    """The messages of one question about one file."""
+    content = [{"type": "file", "file": {"file_id": file_id}}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
