@@ -90,7 +90,7 @@ def make_video(path: str | Path, seed: int = 0, chunks: int = 16) -> dict[str, A
         "seed": seed,
         "chunks": chunks,
         "duration_s": plan.duration_s,
-        "questions": [_entry(question, plan.phase_s) for question in plan.questions],
+        "questions": [exam_entry(question, plan.phase_s) for question in plan.questions],
     }
     video, answers = path.with_name(path.name + ".part"), path.with_suffix(".json.part")
     try:
@@ -104,7 +104,8 @@ def make_video(path: str | Path, seed: int = 0, chunks: int = 16) -> dict[str, A
     return exam
 
 
-def _entry(question: ExamQuestion, phase_s: float) -> dict[str, Any]:
+def exam_entry(question: ExamQuestion, phase_s: float) -> dict[str, Any]:
+    """A question as OUT.json holds it; times in seconds of the video."""
     entry: dict[str, Any] = {"question": question.question, "answer": question.answer, "type": question.type}
     start = min((start for start, _ in question.spans), default=None)
     end = max((end for _, end in question.spans), default=None)

@@ -28,7 +28,7 @@ def resize(frames: NDArray[np.uint8]) -> Tensor:
         if factor > 1:
             frame = np.asarray(Image.fromarray(frame).reduce(factor))
         rows, columns = _area_weights(frame.shape[0], HEIGHT), _area_weights(frame.shape[1], WIDTH)
-        pixels = torch.from_numpy(np.ascontiguousarray(frame)).float()
+        pixels = torch.from_numpy(frame.astype(np.float32))
         narrow = (rows @ pixels.flatten(1)).view(HEIGHT, -1, 3)
         out[index] = (narrow.permute(2, 0, 1) @ columns.T).round_().clamp_(0, 255).to(torch.uint8)
     return out
