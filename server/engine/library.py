@@ -298,12 +298,12 @@ class Library:
 
     def _make_room(self, video: Video, nbytes: int = 0) -> None:
         """Applies the quota, sparing ``video`` and what is being prefilled. Raises StoreFull."""
-        if self._options.store_quota_nbytes is None:
+        if self._options.store_quota_bytes is None:
             return
         with self._lock:
             busy = [video, *(other for other in self._known.values() if other.job is not None)]
         in_use = {other.key for other in busy} | {other.content for other in busy}
-        for key in Quota(self._store, self._options.store_quota_nbytes).make_room(nbytes, in_use):
+        for key in Quota(self._store, self._options.store_quota_bytes).make_room(nbytes, in_use):
             if isinstance(key, KVKey):
                 self._pool.discard(key)  # a question on it then finds it gone, and heals it
 

@@ -23,7 +23,7 @@ class EngineOptions:
     prefill_share: float = 0.5
     default_reload: int | None = None
     keep_video: bool = True
-    store_quota_nbytes: int | None = None
+    store_quota_bytes: int | None = None
     resident_nbytes: int | None = None
     limits: VideoLimits = field(default_factory=VideoLimits)
     inline_ttl_s: int = 86_400
