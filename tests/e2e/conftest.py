@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from live import Live, Serve
 
-from server.app import Backend, open_backend
+from server.app import open_backend
 from server.cli.serving import running
 from server.config import Settings
 from server.models.tiny.make_video import make_video
-
-MODEL = "x2l-tiny"
-
-
-@dataclass(frozen=True)
-class Live:
-    """A running server."""
-
-    url: str
-    backend: Backend
-
-    def client(self, api_key: str = "none") -> openai.OpenAI:
-        """The stock SDK; refusals come back at once instead of being tried again."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
-
-
-Serve = Callable[..., AbstractContextManager[Live]]
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +67,3 @@ def no_unforeseen_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """No request may end in an error that nobody foresaw."""
     yield
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
-
-
-def ask(file_id: str, question: str = "What code is on the red star?") -> list[dict[str, Any]]:
-    """The messages of one question about one file."""
-    content = [{"type": "file", "file": {"file_id": file_id}}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import json
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from live import Live, Serve
+from PIL import Image
+
+
+def test_an_upload_becomes_a_processed_file(client: openai.OpenAI, live: Live, video: Path) -> None:
+    file = client.files.create(file=video, purpose="vision", expires_after={"anchor": "created_at", "seconds": 3600})
+    assert (file.object, file.filename, file.purpose) == ("file", "made.mp4", "vision")
+    assert file.bytes == video.stat().st_size
+    assert file.expires_at == file.created_at + 3600
+    file = client.files.wait_for_processing(file.id, poll_interval=0.1)
+    assert (file.status, file.status_details) == ("processed", None)
+    facts = file.to_dict()["video"]
+    assert facts["duration_s"] == pytest.approx(48, abs=0.2)
+    assert (facts["num_chunks"], facts["chunks_done"], facts["progress"]) == (3, 3, 1.0)
+    assert facts["tokens"]["visual"] > facts["tokens"]["low"] > facts["tokens"]["high"] > 0
+    assert facts["bytes"]["low"] > facts["bytes"]["high"] > 0
+    spec = live.backend.model.spec
+    assert facts["tokens"]["visual"] == facts["num_frames"] * spec.tokens_per_frame
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+
+
+def test_sampling_can_be_chosen(client: openai.OpenAI, video: Path) -> None:
+    file = client.files.create(file=video, purpose="user_data", extra_body={"fps": "0.5", "max_frames": "10"})
+    file = client.files.wait_for_processing(file.id, poll_interval=0.1)
+    assert file.to_dict()["video"]["num_frames"] == 10
+    client.files.delete(file.id)
+
+
+def test_events_follow_the_prefill_to_its_end(client: openai.OpenAI, live: Live, video: Path) -> None:
+    file = client.files.create(file=video, purpose="user_data", extra_body={"fps": "1.5"})
+    with httpx.stream("GET", f"{live.url}/v1/files/{file.id}/events", timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        states = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: ")]
+    progress = [(state["video"] or {"progress": 0.0})["progress"] for state in states]
+    assert progress == sorted(progress)
+    assert states[-1]["status"] == "processed"
+    assert states[-1] == json.loads(json.dumps(client.files.retrieve(file.id).to_dict()))
+    client.files.delete(file.id)
+
+
+def test_list_pages_and_filters(client: openai.OpenAI, video: Path, file_id: str) -> None:
+    more = [client.files.create(file=video, purpose="vision").id for _ in range(2)]
+    listed = [file.id for file in client.files.list()]
+    assert listed[:3] == [*reversed(more), file_id]
+    assert [file.id for file in client.files.list(limit=1)] == listed  # the SDK walks the pages
+    assert [file.id for file in client.files.list(order="asc")] == listed[::-1]
+    assert {file.id for file in client.files.list(purpose="vision")} == set(more)
+    for extra in more:
+        client.files.delete(extra)
+
+
+def test_chunks_and_thumbnails(live: Live, file_id: str) -> None:
+    chunks = httpx.get(f"{live.url}/v1/files/{file_id}/chunks").json()
+    assert [chunk["index"] for chunk in chunks] == [0, 1, 2]
+    assert chunks[0]["start_s"] == 0
+    assert all(one["end_s"] == two["start_s"] for one, two in itertools.pairwise(chunks))
+    assert chunks[-1]["end_s"] == pytest.approx(48, abs=0.2)
+    assert all(chunk["tokens"]["low"] > chunk["tokens"]["high"] for chunk in chunks)
+    for index in range(3):
+        reply = httpx.get(f"{live.url}/v1/files/{file_id}/chunks/{index}/thumbnail")
+        assert reply.headers["content-type"] == "image/jpeg"
+        with Image.open(io.BytesIO(reply.content)) as picture:
+            assert picture.format == "JPEG"
+    assert httpx.get(f"{live.url}/v1/files/{file_id}/chunks/3/thumbnail").status_code == 404
+    assert httpx.get(f"{live.url}/v1/files/{file_id}/chunks/-1/thumbnail").status_code == 404
+
+
+def test_content_comes_back_whole_and_in_part(client: openai.OpenAI, live: Live, video: Path, file_id: str) -> None:
+    data = video.read_bytes()
+    assert client.files.content(file_id).read() == data
+    url = f"{live.url}/v1/files/{file_id}/content"
+    for header, expected in (
+        ("bytes=0-9", data[:10]),
+        ("bytes=5000-", data[5000:]),
+        ("bytes=-7", data[-7:]),
+        (f"bytes=3-{len(data) + 5}", data[3:]),
+    ):
+        reply = httpx.get(url, headers={"range": header})
+        assert (reply.status_code, reply.content) == (206, expected)
+    assert httpx.get(url, headers={"range": f"bytes={len(data)}-"}).status_code == 416
+    assert "attachment" in reply.headers["content-disposition"]
+
+
+def test_content_that_is_not_kept(serve: Serve, video: Path) -> None:
+    with serve(keep_video=False) as live, live.client() as client:
+        file = client.files.create(file=video, purpose="user_data")
+        assert client.files.wait_for_processing(file.id, poll_interval=0.1).status == "processed"
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.files.content(file.id)
+        assert refused.value.code == "content_not_kept"
+
+
+def test_relevance_scores_every_chunk(live: Live, file_id: str) -> None:
+    reply = httpx.post(f"{live.url}/v1/files/{file_id}/relevance", json={"question": "Where is the star?"}).json()
+    assert reply["file_id"] == file_id
+    assert len(reply["scores"]) == 3
+    best_first = sorted(range(3), key=lambda index: -reply["scores"][index])
+    assert reply["selection"] == best_first[: len(reply["selection"])]
+    assert 1 <= len(reply["selection"]) <= 3
+
+
+def test_deleting_while_prefilling_leaves_nothing(live: Live, client: openai.OpenAI, video: Path) -> None:
+    file = client.files.create(file=video, purpose="user_data", extra_body={"fps": "7"})
+    assert client.files.delete(file.id).deleted
+    assert httpx.get(f"{live.url}/v1/files/{file.id}").status_code == 404
+    assert httpx.delete(f"{live.url}/v1/files/{file.id}").status_code == 404
+
+
+def test_a_restart_finds_files_without_prefilling(serve: Serve, video: Path, tmp_path: Path) -> None:
+    store = f"disk:{tmp_path / 'store'}"
+    with serve(store=store) as live, live.client() as client:
+        file = client.files.create(file=video, purpose="user_data")
+        before = client.files.wait_for_processing(file.id, poll_interval=0.1)
+    with serve(store=store) as live, live.client() as client:
+        assert client.files.retrieve(file.id) == before
+
+
+def test_async_client(live: Live, video: Path) -> None:
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+            file = await client.files.create(file=video, purpose="user_data")
+            file = await client.files.wait_for_processing(file.id, poll_interval=0.1)
+            assert file.status == "processed"
+            assert file.id in [known.id async for known in await client.files.list()]
+            await client.files.delete(file.id)
+
+    asyncio.run(run())

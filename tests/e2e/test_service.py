@@ -1,0 +1,107 @@
+"""Keys and tenants, health, the playground, CORS, and curl."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from live import MODEL, Live, Serve, ask
+
+
+def test_every_response_has_an_id_of_its_own(live: Live, client: openai.OpenAI, file_id: str) -> None:
+    raw = client.chat.completions.with_raw_response.create(model=MODEL, messages=ask(file_id), max_tokens=1)
+    assert raw.headers["x-request-id"].startswith("req_")
+    assert raw.parse().choices
+    ids = {httpx.get(live.url + path).headers["x-request-id"] for path in ("/health", "/", "/nothing", "/v1/models")}
+    assert len(ids) == 4
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).object == "model"
+
+
+def test_health_ready_metrics_and_docs(live: Live) -> None:
+    assert httpx.get(f"{live.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{live.url}/ready").status_code == 200
+    assert "x2l_requests_in_flight" in httpx.get(f"{live.url}/metrics").text
+    assert httpx.get(f"{live.url}/docs").status_code == 200
+    paths = httpx.get(f"{live.url}/openapi.json").json()["paths"]
+    assert {"/v1/files", "/v1/chat/completions", "/v1/files/{file_id}/events"} <= paths.keys()
+
+
+def test_the_playground_is_complete_and_self_contained(live: Live) -> None:
+    page = httpx.get(live.url)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for asset in ("/playground/app.js", "/playground/style.css"):
+        assert asset in page.text
+        assert httpx.get(live.url + asset).status_code == 200
+    script = httpx.get(f"{live.url}/playground/app.js").text
+    assert "innerHTML" not in script
+    assert "http://" not in page.text + script and "https://" not in page.text + script
+
+
+def test_keys_open_and_tenants_do_not_see_each_other(serve: Serve, video: Path) -> None:
+    with serve(api_key=("first", "second")) as live:
+        for path in ("/health", "/ready", "/", "/playground/app.js"):
+            assert httpx.get(live.url + path).status_code == 200
+        for path in ("/v1/files", "/v1/models", "/metrics", "/docs", "/openapi.json", "/nothing"):
+            assert httpx.get(live.url + path).status_code == 401
+        for header in ("Bearer wrong", "Bearer", "Basic first", "first", "Bearer first x"):
+            reply = httpx.get(f"{live.url}/v1/files", headers={"authorization": header})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+        first, second = live.client("first"), live.client("second")
+        with first, second:
+            file = first.files.create(file=video, purpose="user_data")
+            first.files.wait_for_processing(file.id, poll_interval=0.1)
+            assert list(second.files.list()) == []
+            for call in (second.files.retrieve, second.files.delete, second.files.content):
+                with pytest.raises(openai.NotFoundError):
+                    call(file.id)
+            with pytest.raises(openai.NotFoundError):
+                second.chat.completions.create(model=MODEL, messages=ask(file.id))
+            assert first.chat.completions.create(model=MODEL, messages=ask(file.id), max_tokens=1).choices
+            own = second.files.create(file=video, purpose="user_data")
+            assert second.files.retrieve(own.id).status == "uploaded"  # it got nothing of the first one's KVs
+            assert [known.id for known in first.files.list()] == [file.id]
+
+
+def test_cors_only_where_asked_for(serve: Serve, live: Live) -> None:
+    asking = {"origin": "https://app.example", "access-control-request-method": "POST"}
+    assert "access-control-allow-origin" not in httpx.get(f"{live.url}/v1/models", headers=asking).headers
+    with serve(cors_origin=("https://app.example",), api_key=("key",)) as open_live:
+        preflight = httpx.options(f"{open_live.url}/v1/files", headers=asking)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://app.example"
+        other = httpx.options(f"{open_live.url}/v1/files", headers=asking | {"origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def curl(*arguments: str) -> str:
+    return subprocess.run(["curl", "-sS", *arguments], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_curl_all_the_way(live: Live, video: Path) -> None:
+    files = f"{live.url}/v1/files"
+    form = ("purpose=user_data", f"file=@{video}", "expires_after[anchor]=created_at", "expires_after[seconds]=600")
+    file = json.loads(curl(files, *itertools.chain(*(("-F", field) for field in form))))
+    assert file["status"] in ("uploaded", "processed")
+    assert '"processed"' in curl("-N", f"{files}/{file['id']}/events")
+    body = json.dumps({"model": MODEL, "messages": ask(file["id"]), "max_tokens": 3, "stream": True})
+    answer = curl("-N", f"{live.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body)
+    assert answer.endswith("data: [DONE]\n\n")
+    assert json.loads(curl("-X", "DELETE", f"{files}/{file['id']}"))["deleted"] is True
+
+
+def test_curl_gets_a_413_though_it_is_still_sending(live: Live, tmp_path: Path) -> None:
+    big = tmp_path / "big.mp4"
+    big.write_bytes(b"x" * 30_000_000)
+    for header in ("Expect:", "Expect: 100-continue"):
+        reply = curl(f"{live.url}/v1/files", "-H", header, "-F", "purpose=user_data", "-F", f"file=@{big}")
+        assert json.loads(reply)["error"]["code"] == "file_too_large"
