@@ -183,6 +183,16 @@ def trim(path: Path, start_s: float, end_s: float) -> None:
     _patch_boxes(path, b"elst", patch)
 
 
+def remux(source: Path, path: Path, **options: str) -> None:
+    """Copy the streams of ``source`` into another container, with options of FFmpeg's muxer."""
+    with av.open(str(source)) as reader, av.open(str(path), "w", options=options) as writer:
+        streams = {stream.index: writer.add_stream_from_template(stream) for stream in reader.streams}
+        for packet in reader.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                writer.mux(packet)
+
+
 def blank_media(path: Path, from_fraction: float) -> None:
     """Overwrite an mp4's media data from ``from_fraction`` on with zeros: its frames cannot be decoded."""
     data = bytearray(path.read_bytes())

@@ -4,10 +4,9 @@
 make the native decoder hang, crash or eat memory, and only a process can be killed and limited. It imports nothing of
 this project, opens only the one file and writes only to its standard output.
 
-PyAV reads the container (which frame is presented when) and decord decodes the pictures. decord alone cannot sample
-by time: it tells neither which frame it returned nor exact times, counts frames that an edit list hides, and after
-seeking in a stream of open GOPs returns a neighbour of the frame it was asked for. Knowing the index, :class:`Decoder`
-moves it only in ways that keep its count right.
+PyAV reads the container (which frame is presented when), then decord decodes the pictures of an ordinary video. decord
+finds frames by counting and does not tell which one it returned, so PyAV decodes where its count is wrong: where an
+edit list hides frames, after seeking in open GOPs, and in recordings without a duration, which it refuses to open.
 
 Protocol, on pipes: each message out is a kind (one byte), a length (uint32, big-endian) and as many bytes.
 
@@ -23,6 +22,7 @@ X     JSON ``{"error", "message"}``: no more will come
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 HEADER = struct.Struct(">cI")
 CODECS = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1"}
 FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+OPEN_OPTIONS: dict[str, Any] = {"options": {"protocol_whitelist": "file"}, "metadata_errors": "replace"}
 SPARE_NBYTES, SPARE_FRAMES = 32 << 20, 16
 TICK_FRAMES = 64
 TICK_PACKETS = 20_000
@@ -81,23 +82,24 @@ class Outbox:
 class Index:
     """What the container says of its video stream, read packet by packet without decoding.
 
-    ``starts_s`` [presented frames] float64, ascending from 0. ``num_packets`` counts hidden frames too. ``countable``
-    is false where decord's count of frames differs from the presented ones, ``closed`` false where frames shown before
-    a keyframe follow it in the file (open GOPs), so that seeking to it loses them.
+    ``pts`` [presented frames] int64, ascending, in units of ``tick_s``; ``key_pts`` the keyframes among them.
+    ``num_packets`` counts hidden frames too. ``countable`` says that decord's count of the frames is right.
     """
 
-    starts_s: NDArray[np.float64]
+    pts: NDArray[np.int64]
+    key_pts: NDArray[np.int64]
+    tick_s: float
     duration_s: float
     width: int
     height: int
     num_packets: int
     countable: bool
-    closed: bool
-    tolerance_s: float
 
     def position_at(self, time_s: float) -> int:
-        """The frame on screen at ``time_s``: the last that began by then."""
-        return max(0, int(self.starts_s.searchsorted(time_s + self.tolerance_s, side="right")) - 1)
+        """The frame on screen at ``time_s`` from the first: the last that began by then, as exact as the clock is."""
+        tolerance = min(0.5, MAX_CLOCK_SKEW_S / self.tick_s)
+        instant = self.pts[0] + time_s / self.tick_s + tolerance
+        return max(0, int(self.pts.searchsorted(instant, side="right")) - 1)
 
 
 def read_index(path: str, outbox: Outbox) -> Index:
@@ -105,7 +107,7 @@ def read_index(path: str, outbox: Outbox) -> Index:
     import av
 
     try:
-        with av.open(path, options={"protocol_whitelist": "file"}) as container:
+        with av.open(path, **OPEN_OPTIONS) as container:
             if container.format.name not in FORMATS:
                 raise Refused("VideoUnsupported", "The container is not supported: MP4, MOV, MKV and WebM are read.")
             return _read_index(container, outbox)
@@ -123,13 +125,13 @@ def _read_index(container: Any, outbox: Outbox) -> Index:
     if stream is None or stream.disposition & Disposition.attached_pic:  # a cover picture is no video
         sound = " but sound" if container.streams.audio else ""
         raise Refused("NotAVideo", f"The file holds nothing{sound}: there is no video in it.")
-    codec = stream.codec_context.codec.canonical_name
+    codec = stream.codec_context.codec.canonical_name if stream.codec_context else "of this file"
     if codec not in CODECS:
         names = ", ".join(CODECS.values())
         raise Refused("VideoUnsupported", f"The video codec {codec} is not supported: {names} are.")
 
-    starts, durations, hidden = array("q"), array("q"), array("b")
-    closed, key_pts = True, None
+    starts, durations, hidden, keys = array("q"), array("q"), array("b"), array("q")
+    closed = True
     first_s, last_s = math.inf, -math.inf
     for number, packet in enumerate(container.demux()):
         if number % TICK_PACKETS == TICK_PACKETS - 1:
@@ -146,9 +148,9 @@ def _read_index(container: Any, outbox: Outbox) -> Index:
             durations.append(duration)
             hidden.append(packet.is_discard)
             if packet.is_keyframe:
-                key_pts = packet.pts
-            elif key_pts is None or packet.pts < key_pts:
-                closed = False
+                keys.append(packet.pts)
+            elif not keys or packet.pts < keys[-1]:
+                closed = False  # shown before the keyframe it follows in the file, so lost when seeking there
 
     presented = np.frombuffer(hidden, np.int8) == 0 if hidden else np.zeros(0, bool)
     if not presented.any():
@@ -156,26 +158,27 @@ def _read_index(container: Any, outbox: Outbox) -> Index:
     # Matroska counts its duration from time 0, MP4 from the first frame.
     _check_complete(container, stream, len(starts), last_s - min(first_s, 0.0))
 
-    all_starts = np.frombuffer(starts, np.int64)
-    order = np.argsort(all_starts[presented], kind="stable")
-    pts = all_starts[presented][order]
+    all_pts = np.frombuffer(starts, np.int64)
+    order = np.argsort(all_pts[presented], kind="stable")
+    pts = all_pts[presented][order]
     last_duration = int(np.frombuffer(durations, np.int64)[presented][order][-1])
     if last_duration <= 0:  # unknown: the last frame stays as long as the one before it
         last_duration = int(pts[-1] - pts[-2]) if len(pts) > 1 else round(1 / 25 / stream.time_base)
-    tick_s = float(stream.time_base)
+    all_shown_once = bool(presented.all()) and len(np.unique(pts)) == len(pts)
     return Index(
-        starts_s=(pts - pts[0]) * tick_s,
+        pts=pts,
+        key_pts=np.sort(np.frombuffer(keys, np.int64)) if keys else pts[:1],
+        tick_s=float(stream.time_base),
         duration_s=float((int(pts[-1] - pts[0]) + last_duration) * stream.time_base),
         width=stream.width,
         height=stream.height,
         num_packets=len(starts),
-        countable=bool(presented.all()) and len(np.unique(pts)) == len(pts),
-        closed=closed,
-        tolerance_s=min(tick_s / 2, MAX_CLOCK_SKEW_S),
+        countable=all_shown_once and closed and bool(container.duration),
     )
 
 
 def _check_complete(container: Any, stream: Any, num_packets: int, present_s: float) -> None:
+    """Refused if the file ends clearly before what its header claims; half a second or 2 % may be missing."""
     claimed_s = (container.duration or 0) / 1_000_000
     if claimed_s - present_s > max(0.5, 0.02 * claimed_s):
         message = f"The file claims {claimed_s:.1f} s but ends after {present_s:.1f} s: it is cut off or damaged."
@@ -186,74 +189,107 @@ def _check_complete(container: Any, stream: Any, num_packets: int, present_s: fl
         raise Refused("VideoDamaged", message)
 
 
-class Decoder:
-    """Decodes presented frames by position, forward only."""
+class DecordDecoder:
+    """Decodes presented frames by position, forward only, of a video whose frames decord counts rightly."""
 
     def __init__(self, path: str, index: Index, num_threads: int, outbox: Outbox) -> None:
         import decord
 
-        self.failures = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, IndexError)
         self.index = index
         self.outbox = outbox
         self.next_position = 0
-        try:
-            # fault_tol: without it decord hides frames that it cannot decode behind copies of their neighbours.
-            self.frames = decord.VideoReader(path, num_threads=num_threads, fault_tol=1)
-            self.keys = self.frames.get_key_indices()
-        except self.failures as error:
-            raise self._failure() from error
+        # fault_tol: without it decord hides frames that it cannot decode behind copies of their neighbours.
+        self.frames = decord.VideoReader(path, num_threads=num_threads, fault_tol=1)
+        self.keys = index.pts.searchsorted(index.key_pts)
         if len(self.frames) != index.num_packets:
-            raise self._failure()
+            raise RuntimeError("decord counts other frames than the index")
 
     def decode(self, position: int) -> NDArray[np.uint8]:
-        """The presented frame at ``position``, uint8 [H, W, 3] RGB, upright (decord applies the display matrix)."""
-        try:
-            self._advance(position)
-            return self._next()
-        except (*self.failures, StopIteration) as error:
-            raise self._failure() from error
-
-    def _next(self) -> NDArray[np.uint8]:
+        """The frame at ``position``, uint8 [H, W, 3] RGB, upright: decord applies the display matrix."""
+        key = int(self.keys[int(self.keys.searchsorted(position, side="right")) - 1])
+        if key > self.next_position:
+            # Never to the keyframe and then one further: decord would return the keyframe twice.
+            self._seek(min(key + TICK_FRAMES, position))
+        while self.next_position < position:
+            self._seek(min(self.next_position + TICK_FRAMES, position))
         pixels: NDArray[np.uint8] = self.frames.next().asnumpy()
         self.next_position += 1
         return pixels
 
-    def _advance(self, position: int) -> None:
-        if not self.index.countable:
-            # The only movement that counts presented frames alone is to take them one by one.
-            while self.next_position < position:
-                self._next()
-                if self.next_position % TICK_FRAMES == 0:
-                    self.outbox.send(b"T")
-            return
-        keys = [key for key in self.keys if self.next_position < key <= position]
-        if self.index.closed and keys:
-            # Never to the keyframe and then one further: decord would return the keyframe twice.
-            self._seek(min(keys[-1] + TICK_FRAMES, position))
-        else:
-            for key in keys:  # decord seeks when it passes a keyframe by skipping, so step over it
-                self._skip_to(key - 1)
-                self._next()
-        self._skip_to(position)
-
-    def _skip_to(self, position: int) -> None:
-        """Decode without converting up to ``position``, which no keyframe separates from here."""
-        while self.next_position < position:
-            self._seek(min(self.next_position + TICK_FRAMES, position))
-            self.outbox.send(b"T")
-
     def _seek(self, position: int) -> None:
         self.frames.seek_accurate(position)
         self.next_position = position
+        self.outbox.send(b"T")
 
-    def _failure(self) -> Exception:
-        """What made decord fail: it does not tell a refused allocation from damaged data."""
-        try:
-            mmap.mmap(-1, SPARE_NBYTES + SPARE_FRAMES * self.index.width * self.index.height * 3).close()
-        except (OSError, MemoryError):
-            return MemoryError()
-        time_s = self.index.starts_s[min(self.next_position, len(self.index.starts_s) - 1)]
-        return Refused("VideoDamaged", f"The video cannot be decoded from about {time_s:.1f} s on: it is damaged.")
+
+class AvDecoder:
+    """Decodes presented frames by position, forward only, finding them by their timestamps."""
+
+    def __init__(self, path: str, index: Index, num_threads: int, outbox: Outbox) -> None:
+        import av
+
+        self.index = index
+        self.outbox = outbox
+        self.container = av.open(path, **OPEN_OPTIONS)
+        self.stream = self.container.streams.best("video")
+        self.stream.codec_context.thread_count = num_threads
+        self.frames = self.container.decode(self.stream)
+        self.frame = next(self.frames)
+
+    def decode(self, position: int) -> NDArray[np.uint8]:
+        """The frame at ``position``, or the next that can be decoded, uint8 [H, W, 3] RGB, upright."""
+        import numpy as np
+
+        wanted = int(self.index.pts[position])
+        key = int(self.index.key_pts[max(0, int(self.index.key_pts.searchsorted(wanted, side="right")) - 1)])
+        if key > self._reached():
+            self.container.seek(key, stream=self.stream)
+            self.frames = self.container.decode(self.stream)
+            self.frame = next(self.frames)
+        for number in itertools.count(1):
+            if self._reached() >= wanted:
+                break
+            self.frame = next(self.frames)
+            if number % TICK_FRAMES == 0:
+                self.outbox.send(b"T")
+        pixels = self.frame.to_ndarray(width=self.index.width, height=self.index.height, format="rgb24")
+        return np.ascontiguousarray(np.rot90(pixels, round(self.frame.rotation / 90)))
+
+    def _reached(self) -> float:
+        return -math.inf if self.frame.pts is None else float(self.frame.pts)
+
+
+def send_frames(path: str, index: Index, num_threads: int, positions: list[int], outbox: Outbox) -> None:
+    """Decode and send the frames at the ascending ``positions``; Refused if one cannot be decoded."""
+    import av
+    import decord
+
+    failures = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration)
+    position = last_position = -1
+    try:
+        decoder_class = DecordDecoder if index.countable else AvDecoder
+        decoder = decoder_class(path, index, num_threads, outbox)
+        for position in positions:
+            if position != last_position:
+                pixels = decoder.decode(position)
+            if last_position < 0:
+                outbox.send_json(b"O", width=pixels.shape[1], height=pixels.shape[0])
+            outbox.send(b"F", pixels.data.cast("B"))
+            last_position = position
+    except (*failures, av.error.FFmpegError) as error:
+        raise _failure(error, index, max(0, position)) from error
+
+
+def _failure(error: Exception, index: Index, position: int) -> Exception:
+    """What stopped the decoder: decord does not tell a refused allocation from damaged data."""
+    if isinstance(error, MemoryError):
+        return error
+    try:
+        mmap.mmap(-1, SPARE_NBYTES + SPARE_FRAMES * index.width * index.height * 3).close()
+    except (OSError, MemoryError):
+        return MemoryError()
+    time_s = float(index.pts[position] - index.pts[0]) * index.tick_s
+    return Refused("VideoDamaged", f"The video cannot be decoded at about {time_s:.1f} s: it is damaged or cut off.")
 
 
 def limit_process(memory_nbytes: int, cpu_s: int) -> None:
@@ -290,16 +326,8 @@ def decode_video(path: str, num_threads: int, outbox: Outbox) -> None:
     plan = json.loads(sys.stdin.buffer.readline() or "null")
     if plan is None:
         return
-    decoder = Decoder(path, index, num_threads, outbox)
-    last_position, pixels = -1, None
-    for number in range(plan["num_frames"]):
-        position = index.position_at(number * plan["interval_s"])
-        if position != last_position:
-            last_position, pixels = position, decoder.decode(position)
-        assert pixels is not None
-        if number == 0:
-            outbox.send_json(b"O", width=pixels.shape[1], height=pixels.shape[0])
-        outbox.send(b"F", pixels.data.cast("B"))
+    positions = [index.position_at(number * plan["interval_s"]) for number in range(plan["num_frames"])]
+    send_frames(path, index, num_threads, positions, outbox)
     outbox.send(b"E")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from clips import Clip, Clips, read_time_s, trim, write_clip
+from clips import Clip, Clips, read_time_s, remux, trim, write_clip
 
 from server.video.reader import DECODER_COMMAND, Sampling, VideoInfo, VideoLimits, VideoReader
 
@@ -98,6 +99,34 @@ def test_an_edit_list_hides_what_was_cut_away(
     assert info.duration_s == pytest.approx(end_s - start_s, abs=0.11)
     first_s = clip.time_on_screen_s(start_s)
     assert shown_s == pytest.approx([clip.time_on_screen_s(first_s + time_s) for time_s in times_s])
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_is_honoured_beside_an_edit_list(tmp_path: Path, rotation: int) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", rotation=rotation, width=240, height=320)
+    trim(clip.path, 1.0, 3.0)
+    info, _, shown_s = read(clip.path, Sampling(2.0))
+    assert (info.width, info.height) == (240, 320)
+    assert shown_s == [1.0, 1.5, 2.0, 2.5]
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mkv", "h264"), ("webm", "vp9")])
+@pytest.mark.parametrize("max_frames", [None, 5])
+def test_a_recording_without_duration_or_index(
+    clips: Clips, tmp_path: Path, suffix: str, codec: str, max_frames: int | None
+) -> None:
+    clip = clips(suffix, codec=codec, gop=7)
+    remux(clip.path, tmp_path / f"live.{suffix}", live="1")
+    check(replace(clip, path=tmp_path / f"live.{suffix}"), Sampling(3.0, max_frames))
+
+
+@pytest.mark.parametrize(
+    "flags", ["frag_keyframe+empty_moov", "frag_keyframe+empty_moov+default_base_moof+global_sidx"]
+)
+def test_fragmented_mp4(clips: Clips, tmp_path: Path, flags: str) -> None:
+    clip = clips("mp4")
+    remux(clip.path, tmp_path / "fragmented.mp4", movflags=flags)
+    check(replace(clip, path=tmp_path / "fragmented.mp4"), Sampling(5.0))
 
 
 def test_a_video_shorter_than_one_interval_gives_one_frame(clips: Clips) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ from clips import Clips
 
 from server.video.errors import DecoderCrashed, VideoCancelled, VideoError, VideoTimeout
 from server.video.reader import DECODER_COMMAND, Sampling, VideoLimits, VideoReader
+
+REPO = Path(__file__).parents[3]
 
 # The real decoder, whose decord misbehaves at the frame number `at`.
 MISBEHAVE = """
@@ -162,6 +165,25 @@ def test_a_closed_reader_gives_no_frames(clips: Clips) -> None:
     reader.close()
     with pytest.raises(VideoError, match="cancelled"):
         list(reader)
+
+
+def test_the_decoder_ends_when_the_server_is_killed(clips: Clips) -> None:
+    server = """
+import os, sys
+import psutil
+from server.video.reader import Sampling, VideoLimits, VideoReader
+reader = VideoReader(sys.argv[1], Sampling(40.0), VideoLimits())
+print(psutil.Process().children()[0].pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    clip = clips("mp4", width=1280, height=720)
+    run = subprocess.run([sys.executable, "-c", server, str(clip.path)], capture_output=True, text=True, cwd=REPO)
+    assert run.returncode == -9
+    decoder_pid = int(run.stdout)
+    deadline_s = time.monotonic() + 10
+    while psutil.pid_exists(decoder_pid) and psutil.Process(decoder_pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def test_the_decoder_inherits_no_environment_and_no_open_files(clips: Clips, tmp_path: Path, monkeypatch) -> None:
