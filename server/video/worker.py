@@ -273,7 +273,10 @@ def send_frames(path: str, index: Index, num_threads: int, positions: list[int],
             if position != last_position:
                 pixels = decoder.decode(position)
             if last_position < 0:
-                outbox.send_json(b"O", width=pixels.shape[1], height=pixels.shape[0])
+                shape = pixels.shape
+                outbox.send_json(b"O", width=shape[1], height=shape[0])
+            if pixels.shape != shape:
+                raise RuntimeError("the size of the frames changed")
             outbox.send(b"F", pixels.data.cast("B"))
             last_position = position
     except (*failures, av.error.FFmpegError) as error:
