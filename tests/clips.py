@@ -22,10 +22,11 @@ ONE_RGB = np.array([240, 160, 40], np.uint8)
 ZERO_RGB = np.array([10, 20, 90], np.uint8)
 TIME_BASE = Fraction(1, 90_000)
 
-ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
+ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp8": "libvpx", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
 FAST_OPTIONS = {
     "h264": {"preset": "ultrafast", "crf": "23"},
     "hevc": {"preset": "ultrafast", "crf": "28", "x265-params": "log-level=none"},
+    "vp8": {"deadline": "realtime", "cpu-used": "8", "b": "800k"},
     "vp9": {"deadline": "realtime", "cpu-used": "8", "crf": "35", "b": "0"},
     "av1": {"preset": "8", "crf": "20", "svtav1-params": "lp=1:enable-tf=0"},
 }

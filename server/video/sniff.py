@@ -1,7 +1,7 @@
 """Tells a file's kind by its first bytes, before any decoder library sees it.
 
 Only ISO base media (MP4, MOV, M4V) and Matroska (MKV, WebM) pass. Playlists and the like (m3u8, ffconcat, sdp) could
-make FFmpeg open other files or the network; MPEG-TS and AVI carry timestamps that decord misreads.
+make FFmpeg open other files or the network; each further demuxer is more code that a hostile file can reach.
 """
 
 from __future__ import annotations

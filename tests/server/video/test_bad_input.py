@@ -75,7 +75,7 @@ def test_other_codecs_are_named(tmp_path: Path) -> None:
         for time_s in (0.0, 0.1):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(draw_time(320, 180, time_s), format="rgb24")))
         container.mux(stream.encode(None))
-    assert refused(VideoUnsupported, path, "mjpeg.*H.264, HEVC, VP9, AV1").code == "unsupported_video"
+    assert refused(VideoUnsupported, path, "mjpeg.*H.264, HEVC, VP8, VP9, AV1").code == "unsupported_video"
 
 
 def damaged(path: Path, arguments: dict[str, object], damage: Callable[[Path], None]) -> Path:
@@ -138,7 +138,7 @@ def test_at_the_limits(clips: Clips) -> None:
 
 def test_memory_is_limited(clips: Clips) -> None:
     clip = clips("mp4", codec="h264", width=3840, height=2160, fps=2.0, duration_s=2.0, options=None)
-    error = refused(VideoTooLarge, clip.path, "memory", memory_nbytes=320 << 20)
+    error = refused(VideoTooLarge, clip.path, "memory", memory_nbytes=128 << 20)
     assert error.code == "video_needs_too_much_memory"
 
 

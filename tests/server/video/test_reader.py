@@ -18,6 +18,7 @@ VFR_S = (0, 0.1, 0.2, 0.25, 1.7, 1.75, 1.8, 3.4)
 SLOW_X264 = {"preset": "medium"}
 OPEN_GOP_X264 = {"preset": "medium", "x264-params": "open-gop=1:bframes=3:b-adapt=0:scenecut=0"}
 ALTREF_VP9 = {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"}
+ALTREF_VP8 = {**ALTREF_VP9, "b": "800k"}
 
 CLIPS = {
     "h264-mp4": ("mp4", {}),
@@ -25,6 +26,7 @@ CLIPS = {
     "h264-mov": ("mov", {}),
     "hevc-mp4": ("mp4", {"codec": "hevc"}),
     "hevc-mkv": ("mkv", {"codec": "hevc"}),
+    "vp8-webm": ("webm", {"codec": "vp8", "options": ALTREF_VP8}),
     "vp9-webm": ("webm", {"codec": "vp9"}),
     "vp9-mp4": ("mp4", {"codec": "vp9"}),
     "av1-mp4": ("mp4", {"codec": "av1"}),

@@ -20,20 +20,21 @@ from server.video.reader import DECODER_COMMAND, Sampling, VideoLimits, VideoRea
 
 REPO = Path(__file__).parents[3]
 
-# The real decoder, whose decord misbehaves at the frame number `at`.
+# The real decoder process, which misbehaves at its frame number `at`.
 MISBEHAVE = """
-import ctypes, os, runpy, subprocess, sys, time
-import decord
-real, count = decord.VideoReader.next, 0
-def next(self):
+import ctypes, importlib.util, os, subprocess, sys, time
+spec = importlib.util.spec_from_file_location("worker", sys.argv.pop(1))
+worker = sys.modules["worker"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
+real, count = worker.Decoder.decode, 0
+def decode(self, position):
     global count
     count += 1
     if count > {at}:
         {deed}
-    return real(self)
-decord.VideoReader.next = next
-sys.argv[:] = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+    return real(self, position)
+worker.Decoder.decode = decode
+worker.main()
 """
 SLEEP = "time.sleep(600)"
 SPIN = "\n        while True: pass"
