@@ -108,11 +108,14 @@ def _copy_local(services: Services, source: VideoSource, target: Path) -> str:
         if not Path(os.path.normpath(path_text)).is_relative_to(root):
             raise refusal from None  # whether a file exists outside is not told
         raise bad_request("No such file below the allowed folder", param=source.param, code="file_not_found") from None
-    with os.fdopen(handle, "rb") as file, target.open("wb") as copy:
-        found = os.fstat(file.fileno())
+    try:
+        found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
             raise bad_request("Not a regular file with content", param=source.param, code="invalid_value")
         if found.st_size > settings.max_upload_bytes:
             raise ApiError(413, f"The file is larger than {settings.max_upload_bytes} bytes", param=source.param)
-        shutil.copyfileobj(file, copy, 1 << 20)
+        with os.fdopen(handle, "rb", closefd=False) as file, target.open("wb") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
+    finally:
+        os.close(handle)
     return path.name

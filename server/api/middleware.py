@@ -107,7 +107,8 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_bytes:
-                await discard_body(receive)
+                if message.get("more_body"):
+                    await discard_body(receive)
                 raise ApiError(413, f"The body is larger than {self.max_bytes} bytes", code="request_too_large")
             return message
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from server.api.errors import ApiError, bad_request
 from server.api.middleware import discard_body
@@ -50,15 +50,20 @@ async def receive_upload(request: Request, folder: Path, max_bytes: int) -> Uplo
         raise _too_large(max_bytes)
     with _new_file(folder) as file:
         form = _Form(boundary, file, max_bytes)
-        try:
-            async for data in request.stream():
-                form.feed(data)
-                if len(form.pending) >= _WRITE_BYTES:
-                    await asyncio.to_thread(form.flush)
-            await asyncio.to_thread(form.flush)
-        except ApiError:
-            await discard_body(request.receive)
-            raise
+        more = True
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            more = message.get("more_body", False)
+            try:
+                form.feed(message.get("body", b""))
+            except ApiError:
+                if more:
+                    await discard_body(request.receive)
+                raise
+            if len(form.pending) >= _WRITE_BYTES or not more:
+                await asyncio.to_thread(form.flush)
         return form.finish(Path(file.name))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from server.cli.client import connect
 SEED = 7
 NUM_CHUNKS = 16
 TYPES = ("code", "order", "time")
+MAX_TOKENS = 64
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,6 +31,7 @@ def add_to(app: typer.Typer) -> None:
 def demo() -> None:
     """Makes a synthetic video, serves it on a free port and asks three questions. On a terminal the server stays up."""
     console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server and files go
     with tempfile.TemporaryDirectory(prefix="x2l-demo-") as folder:
         all_right = _run(Path(folder), console)
     if not all_right:
@@ -72,7 +75,7 @@ def _ask(client: httpx.Client, file_id: str, question: dict[str, Any], console: 
     from server.cli.files import clock
 
     console.print(f"\n[bold]{question['question']}[/]")
-    text, evidence = stream_answer(client, file_id, question["question"], {})
+    text, evidence = stream_answer(client, file_id, question["question"], {"max_tokens": MAX_TOKENS})
     right = is_right(question["type"], question["answer"], text)
     console.print(f"{'right' if right else 'WRONG'}: the truth is {question['answer']!r}, ", end="")
     console.print(f"shown from {clock(question['start_s'])} to {clock(question['end_s'])}", highlight=False)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from kvstore.errors import StoreError
 from server.config import Settings, SettingsError, load_settings
@@ -31,18 +30,20 @@ def serve(**options: Any) -> None:
     from server.app import open_backend  # torch takes seconds to load: after the settings are known to be good
     from server.cli.serving import Server
 
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(name)s: %(message)s")
     try:
         backend = open_backend(settings)
     except (ValueError, StoreError) as error:
         raise SettingsError(str(error)) from error
     try:
-        Console().print(_summary(settings, backend.model))
+        for name, value in _summary(settings, backend.model).items():
+            print(f"{name:8} {value}", flush=True)
         Server(settings, backend).run()
     finally:
         backend.close()
 
 
-def _summary(settings: Settings, model: VideoModel) -> Table:
+def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
     from torch import nn
 
     spec = model.spec
@@ -52,7 +53,7 @@ def _summary(settings: Settings, model: VideoModel) -> Table:
     token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
     tokens = spec.tokens_per_frame * spec.fps * 3600
     sizes = [tokens / ratio * token_nbytes / 1e6 for ratio in (spec.low_ratio, spec.high_ratio)]
-    rows = {
+    return {
         "model": f"{spec.name}, {num_parameters / 1e6:.1f} M parameters",
         "device": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",
         "store": settings.store,
@@ -61,10 +62,6 @@ def _summary(settings: Settings, model: VideoModel) -> Table:
         "access": f"{len(settings.api_key)} API keys" if settings.api_key else "no API key",
         "address": f"http://{settings.host}:{settings.port}" if settings.port else "a free port",
     }
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/]", value)
-    return table
 
 
 def _with_setting_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -20,12 +20,15 @@ from server.models.tiny.make_video import make_video
 
 @pytest.fixture(scope="session")
 def serve() -> Serve:
-    """Starts a server with a few settings: ``with serve(api_key=("a",)) as live``."""
+    """Starts a server with a few settings: ``with serve(api_key=("a",)) as live``. Answers of an ``endless`` one run
+    to max_tokens."""
 
     @contextlib.contextmanager
-    def start(**options: Any) -> Iterator[Live]:
+    def start(*, endless: bool = False, **options: Any) -> Iterator[Live]:
         settings = Settings(**{"store": "memory://", "port": 0, "log_level": "warning", "device": "cpu"} | options)
         backend = open_backend(settings)
+        if endless:
+            backend.model.end_ids = frozenset()
         with running(settings, backend) as url:
             yield Live(url, backend)
 

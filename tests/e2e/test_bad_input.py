@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 from clips import Clips
 from live import MODEL, Live, Serve, ask
 from PIL import Image
+
+from server.video.reader import VideoReader
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +77,21 @@ def test_sound_only(live: Live, tmp_path: Path) -> None:
 def test_a_truncated_video(live: Live, video: Path, client: openai.OpenAI) -> None:
     data = video.read_bytes()
     refusal(upload(live, data[: len(data) // 3]), 400)  # the index stands at the end: nothing can be read
+
+
+@pytest.mark.parametrize(
+    ("decoder", "code"),
+    [("import time; time.sleep(600)", "video_timeout"), ("import os; os.abort()", "video_decoder_crashed")],
+)
+def test_a_decoder_that_hangs_or_crashes(
+    serve: Serve, video: Path, monkeypatch: pytest.MonkeyPatch, decoder: str, code: str
+) -> None:
+    with serve(decode_timeout_s=1.5) as careful:
+        with monkeypatch.context() as patch:
+            patch.setitem(VideoReader.__init__.__kwdefaults__, "command", (sys.executable, "-c", decoder))
+            assert refusal(upload(careful, video.read_bytes()), 400)["code"] == code
+        assert httpx.get(f"{careful.url}/ready").status_code == 200
+        assert httpx.get(f"{careful.url}/v1/files").json()["data"] == []
 
 
 @pytest.mark.parametrize(

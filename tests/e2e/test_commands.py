@@ -73,16 +73,13 @@ def test_client_errors_are_one_line(tmp_path: Path) -> None:
     assert x2l("dance").returncode == 2
 
 
-def test_make_video_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
-    for name in ("a.mp4", "b.mp4"):
-        made = x2l("make-video", str(tmp_path / name), "--seed", "5", "--chunks", "2")
-        assert made.returncode == 0, made.stderr
+def test_make_video(tmp_path: Path) -> None:
+    made = x2l("make-video", str(tmp_path / "a.mp4"), "--seed", "5", "--chunks", "1")
+    assert made.returncode == 0, made.stderr
     facts = json.loads((tmp_path / "a.json").read_text())
-    assert (facts["seed"], facts["chunks"]) == (5, 2)
+    assert (facts["seed"], facts["chunks"]) == (5, 1)
     assert len(facts["questions"]) >= 12
-    assert facts == json.loads((tmp_path / "b.json").read_text())
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    assert x2l("make-video", str(tmp_path / "c.avi")).returncode == 2
+    assert (tmp_path / "a.mp4").stat().st_size > 0
     assert x2l("make-video", str(tmp_path / "c.mp4"), "--seed", "1000000").returncode == 2
 
 
@@ -102,16 +99,29 @@ def test_a_bad_setting_stops_the_start(arguments: tuple[str, ...], variables: di
     assert stopped.stderr.count("\n") == 1 and word in stopped.stderr
 
 
+ENDLESS = """
+import sys
+from server.app import open_backend
+from server.cli.serving import Server
+from server.config import load_settings
+
+settings = load_settings(port=sys.argv[1], store="memory://", drain_s=sys.argv[2], log_level="warning")
+backend = open_backend(settings)
+backend.model.end_ids = frozenset()  # an answer runs to max_tokens
+Server(settings, backend).run()
+backend.close()
+"""
+
+
 @contextlib.contextmanager
-def served(tmp_path: Path, port: int, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """``x2l serve`` as a process, ready."""
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--store", f"disk:{tmp_path / 'store'}"]
+def started(port: int, *command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server as a process, ready."""
     process = subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
     )
     url = f"http://127.0.0.1:{port}"
-    try:
-        with process:
+    with process:
+        try:
             for _ in range(600):
                 assert process.poll() is None, process.stdout.read() if process.stdout else ""
                 with contextlib.suppress(httpx.TransportError):
@@ -119,52 +129,63 @@ def served(tmp_path: Path, port: int, *arguments: str) -> Iterator[tuple[subproc
                         break
                 time.sleep(0.1)
             yield process, url
+        finally:
             process.kill()
-    finally:
-        process.kill()
 
 
-def test_sigterm_lets_streams_finish_and_then_stops(tmp_path: Path, video: Path, unused_port: int) -> None:
-    with served(tmp_path, unused_port, "--log-level", "warning") as (process, url):
-        file = httpx.post(f"{url}/v1/files", files={"file": video.open("rb")}, data={"purpose": "vision"}).json()
-        httpx.get(f"{url}/v1/files/{file['id']}/events", timeout=60)
-        body = {"model": MODEL, "messages": ask(file["id"]), "max_tokens": 150, "stream": True, "temperature": 2}
-        with (
-            httpx.Client(base_url=url, timeout=60) as other,
-            httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response,
-        ):
-            lines = response.iter_lines()
-            next(lines)
+@contextlib.contextmanager
+def stream_of(url: str, video: Path, max_tokens: int) -> Iterator[Iterator[str]]:
+    """The lines of an answer that has begun."""
+    file = httpx.post(f"{url}/v1/files", files={"file": video.read_bytes()}, data={"purpose": "vision"}).json()
+    body = {"model": MODEL, "messages": ask(file["id"]), "max_tokens": max_tokens, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        while '"content":"' not in next(lines).replace('"content":""', ""):
+            pass
+        yield lines
+
+
+def test_serve_says_what_it_does_and_stops_cleanly(tmp_path: Path, unused_port: int) -> None:
+    store = f"disk:{tmp_path / 'store'}"
+    with started(unused_port, "-m", "server", "serve", "--port", str(unused_port), "--store", store) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        output = process.stdout.read() if process.stdout else ""
+    for word in (MODEL, "parameters", "cpu", store, "video-hour", str(unused_port)):
+        assert word in output.replace("\n", "")
+    assert "Traceback" not in output
+
+
+def test_sigterm_lets_streams_finish_and_then_stops(video: Path, unused_port: int) -> None:
+    with (
+        started(unused_port, "-c", ENDLESS, str(unused_port), "60") as (process, url),
+        httpx.Client(base_url=url, timeout=60) as other,
+    ):
+        with stream_of(url, video, max_tokens=300) as lines:
+            assert other.get("/ready").status_code == 200
             process.send_signal(signal.SIGTERM)
-            for _ in range(100):
-                ready = other.get("/ready").status_code
-                if ready == 503:
-                    break
-            assert ready == 503
-            refused = other.post("/v1/chat/completions", json=body)
+            while other.get("/ready").status_code == 200:
+                pass
+            messages = [{"role": "user", "content": "Hello"}]
+            refused = other.post("/v1/chat/completions", json={"model": MODEL, "messages": messages})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
             assert "retry-after" in refused.headers
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
-        assert process.wait(timeout=20) == 0
-        output = process.stdout.read() if process.stdout else ""
-        assert MODEL in output and "Traceback" not in output
+        assert '"finish_reason":"length"' in rest[-2]
+        assert process.wait(timeout=30) == 0
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path, video: Path, unused_port: int) -> None:
-    with served(tmp_path, unused_port, "--drain-s", "600", "--max-tokens", "100000") as (process, url):
-        file = httpx.post(f"{url}/v1/files", files={"file": video.open("rb")}, data={"purpose": "vision"}).json()
-        body = {"model": MODEL, "messages": ask(file["id"]), "stream": True, "temperature": 2}
-        with (
-            contextlib.suppress(httpx.TransportError),
-            httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response,
-        ):
-            next(response.iter_lines())
+def test_a_second_signal_stops_at_once(video: Path, unused_port: int) -> None:
+    with started(unused_port, "-c", ENDLESS, str(unused_port), "600") as (process, url):
+        with stream_of(url, video, max_tokens=1024) as lines:
             process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
+            time.sleep(0.3)
+            assert process.poll() is None
             process.send_signal(signal.SIGINT)
-            response.read()
-        assert process.wait(timeout=20) == 0
+            with contextlib.suppress(httpx.TransportError):
+                assert "data: [DONE]" not in list(lines)
+        assert process.wait(timeout=30) == 0
 
 
 @pytest.fixture
@@ -175,3 +196,9 @@ def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def test_the_demo_is_right() -> None:
+    shown = x2l("demo")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "3 of 3 answers are right" in shown.stdout
