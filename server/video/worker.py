@@ -5,8 +5,8 @@ make the native decoder hang, crash or eat memory, and only a process can be kil
 this project, opens only the one file and writes only to its standard output.
 
 The library is PyAV. decord2 3.4.0 was tried and cannot sample by time: it does not tell which frame it returned, gives
-up skipping when its decoding thread is slow (a busy machine silently yields another frame, up to a second off), queues
-packets without bound meanwhile (1 GB for an hour of 1080p, against 0.1 GB), miscounts beside edit lists and after
+up skipping when its decoding thread is slow (on a busy machine 10 of 40 frames of a 1080p file were silently others),
+queues packets without bound meanwhile (1 GB resident for an hour of 1080p), miscounts beside edit lists and after
 seeking in open GOPs, and refuses recordings without a duration. With PyAV every frame carries its presentation time.
 
 Protocol, on pipes: each message out is a kind (one byte), a length (uint32, big-endian) and as many bytes.
