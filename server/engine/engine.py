@@ -15,22 +15,14 @@ from typing import TypeVar
 import torch
 
 from compression.kv import ChunkKV
-from compression.select import SelectionError
 from kvstore.base import Store
 from kvstore.errors import CorruptBlob, DamagedVideo, MissingBlob, PoolFull, StoreError
 from kvstore.key import KVKey
+from kvstore.manifest import Manifest
 from kvstore.resident import HighKV, ResidentPool
 from kvstore.video import VideoStore
-from server.engine.errors import (
-    Cancelled,
-    DeviceOutOfMemory,
-    EngineError,
-    FileNotFound,
-    QueueFull,
-    RequestFailed,
-    ShuttingDown,
-    VideoFailed,
-)
+from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, VideoFailed, reply_to
+from server.engine.ingest import Ingest
 from server.engine.library import Library
 from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
@@ -118,7 +110,7 @@ class Engine:
             self._idle.wait(drain_s)
         self.library.close()
         if self._thread.is_alive():
-            self._inbox.put(self._stop)
+            self._inbox.put(partial(setattr, self, "_stopped", True))
             self._thread.join()
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown()
@@ -164,12 +156,9 @@ class Engine:
             self._attempt(plan.score, self._score)
         if plan.rows:
             self._forward(plan.rows)
-        middle_s = time.perf_counter()
+        self._scheduler.account_questions(time.perf_counter() - begin_s)
         if plan.ingest:
-            plan.ingest.step()
-            self.metrics.chunks.inc()
-            self.metrics.chunk_seconds.observe(time.perf_counter() - middle_s)
-        self._scheduler.account(questions_s=middle_s - begin_s, prefill_s=time.perf_counter() - middle_s)
+            self._prefill(plan.ingest)
         return bool(plan)
 
     # On the engine thread from here on, unless said otherwise.
@@ -193,9 +182,6 @@ class Engine:
                 left = list(self._in_flight.values())
             for question in left:
                 self._fail(question, error)
-
-    def _stop(self) -> None:
-        self._stopped = True
 
     def _wake(self) -> None:
         """From any thread: there may be something to do."""
@@ -231,19 +217,19 @@ class Engine:
         job, manifest = video.job, video.manifest  # in this order: a manifest is set before its job goes
         if manifest is not None:
             question.check(manifest)
-            self._lease(question, video)
+            self._lease(question, video, manifest)
         elif job is not None:
             question.phase = Phase.WAITING
         else:
-            self._heal(question, video)
+            self._heal(question, video, manifest)
 
-    def _lease(self, question: Question, video: Video) -> None:
+    def _lease(self, question: Question, video: Video, manifest: Manifest) -> None:
         question.lease = self._pool.lease(video.key)
         if question.lease is not None:
             question.phase = Phase.SCORE
         else:
             question.phase = Phase.LOADING
-            self._read(question, partial(self._videos.read_high, video.key), partial(self._loaded, video))
+            self._read(question, partial(self._videos.read_high, video.key), partial(self._loaded, video, manifest))
         self._readers.submit(self.library.use, str(question.request.file_id))
 
     def _read(
@@ -259,14 +245,14 @@ class Engine:
 
         self._readers.submit(work).add_done_callback(done)
 
-    def _loaded(self, video: Video, question: Question, future: Future[HighKV | None]) -> None:
+    def _loaded(self, video: Video, manifest: Manifest, question: Question, future: Future[HighKV | None]) -> None:
         try:
             high = future.result()
         except DamagedVideo as error:
             _log.warning("a video is damaged: %s", error)
             high = None
         if high is None:
-            self._heal(question, video)
+            self._heal(question, video, manifest)
         else:
             self._reside(video.key, high, question)
 
@@ -280,13 +266,18 @@ class Engine:
         else:
             question.phase = Phase.SCORE
 
-    def _heal(self, question: Question, video: Video) -> None:
-        """The video's KVs are gone or damaged: waits for a new prefill, if that is possible."""
+    def _heal(self, question: Question, video: Video, manifest: Manifest | None) -> None:
+        """What ``manifest`` promises is gone or damaged: has the video prefilled again, if that is possible."""
         if question.healed:
             raise VideoFailed(str(question.request.file_id), "its KVs cannot be read from the store")
         question.healed = True
         question.phase = Phase.WAITING
-        self._read(question, partial(self.library.heal, video), lambda _, future: future.result())
+        self._read(question, partial(self.library.heal, video, manifest), self._look_again)
+
+    def _look_again(self, question: Question, future: Future[None]) -> None:
+        future.result()
+        if question.phase is Phase.WAITING:  # not woken meanwhile by what the healing led to
+            question.phase = Phase.QUEUED
 
     def _video_changed(self, key: KVKey) -> None:
         for question in self._scheduler:
@@ -334,24 +325,33 @@ class Engine:
         question.reload(question.lease.kv, low)
         question.phase = Phase.PREFILL
 
+    def _prefill(self, ingest: Ingest) -> None:
+        begin_s = time.perf_counter()
+        ingest.step()
+        took_s = time.perf_counter() - begin_s
+        self._scheduler.account_prefill(took_s)
+        self.metrics.chunks.inc()
+        self.metrics.chunk_seconds.observe(took_s)
+
     def _forward(self, questions: list[Question]) -> None:
         """One token for every question. If that fails they are tried one by one, so that only the guilty one fails."""
         rows = [question.row() for question in questions]
         lengths = [row.cache.length for row in rows]
+        tokens: list[int] = []
         try:
-            logits = self._model.forward(rows)
-            tokens = sample(logits, [question.sampler for question in questions])
+            tokens = sample(self._model.forward(rows), [question.sampler for question in questions])
+            self.metrics.batch.observe(len(rows))
         except Exception as error:
+            if len(questions) == 1:
+                self._fail(questions[0], reply_to(error))
+                return
             for row, length in zip(rows, lengths, strict=True):
                 row.cache.length = length
-            if len(questions) == 1:
-                self._fail(questions[0], _reply(error))
-            else:
-                for question in questions:
-                    self._forward([question])
-            return
-        self.metrics.batch.observe(len(rows))
-        for question, token in zip(questions, tokens, strict=True):
+        # Not in the handler, where the error still holds what the failed pass had allocated.
+        if not tokens:
+            for question in questions:
+                self._forward([question])
+        for question, token in zip(questions, tokens, strict=False):
             self._attempt(question, partial(self._accept, token))
 
     def _accept(self, token: int, question: Question) -> None:
@@ -364,7 +364,7 @@ class Engine:
         try:
             work(question)
         except Exception as error:
-            self._fail(question, _reply(error))
+            self._fail(question, reply_to(error))
 
     def _emit(self, question: Question, delta: Delta) -> None:
         if delta.outcome is not None:
@@ -397,15 +397,3 @@ class Engine:
         waiting, self._pool_queue = self._pool_queue, []
         for other, retry in waiting:
             self._attempt(other, retry)
-
-
-def _reply(error: Exception) -> Exception:
-    """What the client is told of an error."""
-    if isinstance(error, (EngineError, SelectionError, StoreError)):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return DeviceOutOfMemory("the request did not fit into the device's memory")
-    _log.error("a request has failed", exc_info=error)
-    reply = RequestFailed("the request failed inside the server, which has logged why")
-    reply.__cause__ = error
-    return reply

@@ -15,6 +15,15 @@ EngineError
 
 from __future__ import annotations
 
+import logging
+
+import torch
+
+from compression.select import SelectionError
+from kvstore.errors import StoreError
+
+_log = logging.getLogger(__name__)
+
 
 class EngineError(Exception):
     """Root of the tree above."""
@@ -64,3 +73,15 @@ class DeviceOutOfMemory(EngineError):  # noqa: N818
 
 class RequestFailed(EngineError):  # noqa: N818
     """An unforeseen error inside this one request; the cause is chained and logged."""
+
+
+def reply_to(error: Exception) -> Exception:
+    """What a client is told of an error that ended its request; the unforeseen is logged."""
+    if isinstance(error, (EngineError, SelectionError, StoreError)):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return DeviceOutOfMemory("the request did not fit into the device's memory")
+    _log.error("a request has failed", exc_info=error)
+    reply = RequestFailed("the request failed inside the server, which has logged why")
+    reply.__cause__ = error
+    return reply

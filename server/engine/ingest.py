@@ -157,6 +157,10 @@ class Ingest:
         """Stops decoding and prefilling at once. From any thread; what was written goes when :meth:`run` ends."""
         self._abort(VideoCancelled("The upload was cancelled."))
 
+    def abandon(self) -> None:
+        """Tells that :meth:`run` will never be called."""
+        self._ended.set()
+
     def wait_ended(self, timeout_s: float) -> bool:
         """Waits for :meth:`run` to end; whether it did in time."""
         return self._ended.wait(timeout_s)

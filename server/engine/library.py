@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +16,18 @@ from pathlib import Path
 from compression.chunk import Chunk
 from kvstore.base import Store
 from kvstore.content import ContentStore
-from kvstore.errors import CorruptBlob, DamagedVideo, PoolError, StoreError
-from kvstore.key import ContentKey, Fingerprint, KVKey
+from kvstore.errors import CorruptBlob, PoolError, StoreError
+from kvstore.key import ContentKey, KVKey
 from kvstore.manifest import Manifest
 from kvstore.quota import Quota
-from kvstore.resident import HighKV, ResidentPool
+from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
 from server.engine.ingest import Ingest
 from server.engine.options import EngineOptions
+from server.engine.prefills import Prefilled, Prefills
 from server.engine.record import RECORDS, FileRecord, FileSource, VideoStatus
-from server.engine.video import Job, Video
-from server.models.base import PositionLimitError, VideoModel
-from server.video.errors import VideoCancelled, VideoError
+from server.engine.video import Job, Video, fingerprint_of
+from server.models.base import VideoModel
 from server.video.reader import Sampling, VideoInfo, VideoReader
 
 __all__ = ["FileRecord", "Library", "VideoStatus"]
@@ -61,11 +60,19 @@ class Library:
         self._videos = VideoStore(store)
         self._contents = ContentStore(store)
         self._pool = pool
-        self._writers = writers
         self._options = options
         self._limits = options.limits_for(model.spec)
-        self._on_ingest, self._on_change, self._on_delete, self._wake = on_ingest, on_change, on_delete, wake
-        self._prefills = ThreadPoolExecutor(options.max_concurrent_prefills, "x2l-ingest")
+        self._on_change, self._on_delete = on_change, on_delete
+        self._prefills = Prefills(
+            model,
+            store,
+            writers,
+            options,
+            on_ingest=on_ingest,
+            on_commit=self._make_room,
+            on_end=self._settle,
+            wake=wake,
+        )
         self._sweeper = threading.Thread(target=self._sweep, name="x2l-sweep", daemon=True)
         self._closing = threading.Event()
         self._changes = threading.RLock()  # one create, delete or heal at a time: they look, then act on the store
@@ -93,7 +100,7 @@ class Library:
             for video in list(self._known.values()):
                 if video.job is not None:
                     video.job.stop(_STOP_TIMEOUT_S)
-        self._prefills.shutdown()
+        self._prefills.close()
         if self._sweeper.is_alive():
             self._sweeper.join()
 
@@ -128,7 +135,7 @@ class Library:
                 video = self._open(digest, sampling, tenant)
                 self._keep(path, nbytes, video)
                 if video.manifest is None and video.job is None:
-                    self._start(video, path, info)
+                    self._prefills.start(video, path, info)
                     taken = True
                 now_s = int(time.time())
                 record = self._same_inline(key, source) or FileRecord(
@@ -161,7 +168,7 @@ class Library:
     def list(self, tenant: str) -> list[FileRecord]:
         """All files of a tenant, newest first."""
         with self._lock:
-            records = [record for record in self._files.values() if _visible(record, tenant)]
+            records = [record for record in self._files.values() if record.visible_to(tenant)]
         records.reverse()  # for those of the same second
         return [self._snapshot(record) for record in sorted(records, key=lambda r: r.created_at, reverse=True)]
 
@@ -218,13 +225,15 @@ class Library:
                     self._files[file_id] = replace(record, expires_at=now_s + ttl_s)
             self._save(file_id)
 
-    def heal(self, video: Video) -> None:
-        """Prefills again a video whose KVs are gone or damaged, or lets it fail if its bytes are not kept. Returns at
-        once; the outcome comes through ``on_change``. Raises StoreError."""
+    def heal(self, video: Video, manifest: Manifest | None) -> None:
+        """Prefills again a video of which what ``manifest`` promises is gone or damaged, or lets it fail if its bytes
+        are not kept; does nothing if that was seen to already. Returns at once; the end of the prefill comes through
+        ``on_change``. Raises StoreError."""
         with self._changes:
             with self._lock:
                 gone = self._known.get(video.key) is not video
-            if gone or video.job is not None or video.error is not None or self._closing.is_set():
+            settled = video.job is not None or video.error is not None or video.manifest is not manifest
+            if gone or settled or self._closing.is_set():
                 return
             video.manifest = None
             self._pool.discard(video.key)
@@ -232,7 +241,7 @@ class Library:
             if self._contents.get(video.content) is None:
                 self._fail(video, "its KVs are no longer in the store and its bytes were not kept: upload it again")
             else:
-                self._start(video, None, None)
+                self._prefills.start(video, None, None)
 
     def _video_of(self, record: FileRecord) -> Video | None:
         with self._lock:
@@ -241,7 +250,7 @@ class Library:
     def _find(self, file_id: str, tenant: str) -> FileRecord | None:
         with self._lock:
             record = self._files.get(file_id)
-        return record if record is not None and _visible(record, tenant) else None
+        return record if record is not None and record.visible_to(tenant) else None
 
     def _snapshot(self, record: FileRecord) -> FileRecord:
         video = self._video_of(record)
@@ -251,21 +260,10 @@ class Library:
         return replace(record, status=video.status, status_details=video.error, video=described)
 
     def _key(self, content_sha256: str, sampling: Sampling, tenant: str) -> KVKey:
-        return KVKey.of(content_sha256, self._fingerprint(sampling), tenant)
+        return KVKey.of(content_sha256, fingerprint_of(self._model, sampling), tenant)
 
     def _key_of(self, record: FileRecord) -> KVKey:
         return self._key(record.content_sha256, record.sampling, record.tenant)
-
-    def _fingerprint(self, sampling: Sampling) -> Fingerprint:
-        model = self._model
-        return Fingerprint(
-            model=model.fingerprint,
-            low_ratio=model.spec.low_ratio,
-            high_ratio=model.spec.high_ratio,
-            dtype=str(model.dtype).removeprefix("torch."),
-            fps=sampling.fps,
-            max_frames=sampling.max_frames,
-        )
 
     def _manifest(self, key: KVKey) -> Manifest | None:
         """None as well for a damaged one, which a new prefill replaces."""
@@ -285,7 +283,7 @@ class Library:
             video = self._known.get(key)
         if video is None:
             content = ContentKey.of(content_sha256, tenant)
-            video = Video(key, content, self._fingerprint(sampling), sampling, self._manifest(key))
+            video = Video(key, content, fingerprint_of(self._model, sampling), sampling, self._manifest(key))
             with self._lock:
                 self._known[key] = video
         return video
@@ -356,54 +354,22 @@ class Library:
             if record.status == "error":
                 video.error = record.status_details
             elif record.status == "uploaded":
-                self.heal(video)
+                self.heal(video, None)
 
-    def _start(self, video: Video, path: Path | None, info: VideoInfo | None) -> None:
-        ingest = Ingest(video.key, video.fingerprint, self._model, self._videos, self._writers, self._wake)
-        ingest.info = info
-        video.error = None
-        video.job = Job(ingest, path)
-        video.job.future = self._prefills.submit(self._prefill, video, video.job)
-
-    def _prefill(self, video: Video, job: Job) -> None:
-        """On a thread of its own: one prefill from start to end."""
-        try:
-            self._on_ingest(job.ingest)
-            path = job.path or self._restore(video.content)
-            try:
-                manifest, high = job.ingest.run(path, video.sampling, self._limits)
-            finally:
-                path.unlink(missing_ok=True)
-            self._make_room(video)
-        except VideoCancelled:  # deleted, or the server is closing
-            return
-        except (VideoError, PositionLimitError, StoreError) as error:
-            self._settle(video, job, error=str(error))
-        except Exception:
-            _log.exception("a prefill failed")
-            self._settle(video, job, error="an internal error, which the server has logged")
-        else:
-            self._settle(video, job, manifest=manifest, high=high)
-
-    def _settle(
-        self,
-        video: Video,
-        job: Job,
-        *,
-        manifest: Manifest | None = None,
-        high: HighKV | None = None,
-        error: str | None = None,
-    ) -> None:
-        """Notes the end of a prefill, if it is still wanted."""
+    def _settle(self, video: Video, job: Job, result: Prefilled | str) -> None:
+        """Notes the end of a prefill, if it is still wanted: what it made, or why it failed. On its own thread."""
         with self._lock:
             if self._known.get(video.key) is not video or video.job is not job:
                 return
-            video.manifest, video.error, video.job = manifest, error, None
-            if high is not None:
-                with suppress(PoolError):  # it is read from the store when it is asked about
-                    self._pool.put(video.key, high).release()
+            if isinstance(result, str):
+                video.error = result
+            else:
+                with suppress(PoolError):  # then it is read from the store when it is asked about
+                    self._pool.put(video.key, result.high).release()
+                video.manifest = result.manifest
+            video.job = None
         try:
-            if error is not None:
+            if isinstance(result, str):
                 self._videos.delete(video.key)
             self._save_all(video)
         except StoreError as cause:
@@ -415,39 +381,17 @@ class Library:
         self._save_all(video)
         self._on_change(video.key)
 
-    def _restore(self, key: ContentKey) -> Path:
-        """The kept bytes as a temporary file. Raises StoreError."""
-        content = self._contents.get(key)
-        if content is None:
-            raise DamagedVideo("its bytes are no longer kept: upload it again")
-        with tempfile.NamedTemporaryFile(prefix="x2l-", delete=False) as file:
-            path = Path(file.name)
-            try:
-                file.writelines(content.read())
-            except BaseException:
-                path.unlink()
-                raise
-        return path
-
     def _sweep(self) -> None:
         """Deletes expired files until the library closes."""
         while not self._closing.wait(self._options.sweep_interval_s):
             with self._lock:
-                expired = [record for record in self._files.values() if _expired(record)]
+                expired = [record for record in self._files.values() if record.expired]
             for record in expired:
                 try:
                     with self._changes:
                         self._remove(record)
                 except StoreError as error:
                     _log.warning("an expired file could not be deleted yet: %s", error)
-
-
-def _expired(record: FileRecord) -> bool:
-    return record.expires_at is not None and record.expires_at <= time.time()
-
-
-def _visible(record: FileRecord, tenant: str) -> bool:
-    return record.tenant == tenant and not _expired(record)
 
 
 def _sha256(path: Path) -> str:

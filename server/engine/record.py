@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +80,13 @@ class FileRecord:
     def blob(self) -> str:
         """The key of the stored record."""
         return f"{RECORDS}{self.id}"
+
+    @property
+    def expired(self) -> bool:
+        return self.expires_at is not None and self.expires_at <= time.time()
+
+    def visible_to(self, tenant: str) -> bool:
+        return self.tenant == tenant and not self.expired
 
     def to_json(self) -> bytes:
         return _ADAPTER.dump_json(self)

@@ -55,8 +55,8 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Questions that hold a slot."""
-        return sum(question.phase.running for question in self._questions.values())
+        """Questions that hold a slot. May be asked for from any thread."""
+        return sum(question.phase.running for question in self)
 
     def next_for_slot(self) -> Question | None:
         """The first question that waits for a slot, if one is free."""
@@ -71,11 +71,13 @@ class Scheduler:
         wanted = bool(score or rows)
         return Plan(score, rows, None if wanted and self._owed_s > 0 else self._next_ingest())
 
-    def account(self, *, questions_s: float, prefill_s: float) -> None:
-        """Tells how long the two parts of a step took."""
-        self._owed_s = max(0.0, self._owed_s - questions_s)
-        if prefill_s:
-            self._owed_s = prefill_s * self._questions_per_prefill_s
+    def account_questions(self, took_s: float) -> None:
+        """Tells how long a step's questions took."""
+        self._owed_s = max(0.0, self._owed_s - took_s)
+
+    def account_prefill(self, took_s: float) -> None:
+        """Tells how long a step's chunk took."""
+        self._owed_s = took_s * self._questions_per_prefill_s
 
     def _next_ingest(self) -> Ingest | None:
         for _ in range(len(self._ingests)):

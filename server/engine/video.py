@@ -10,6 +10,7 @@ from kvstore.key import ContentKey, Fingerprint, KVKey
 from kvstore.manifest import ChunkRecord, Manifest
 from server.engine.ingest import Ingest, plan_chunks
 from server.engine.record import FileStatus, VideoStatus
+from server.models.base import VideoModel
 from server.video.reader import Sampling, VideoInfo
 
 
@@ -61,6 +62,18 @@ class Video:
             num_chunks = len(plan_chunks(info, frames_per_chunk))
             return _status(info, num_chunks, tuple(job.ingest.records), None, None)
         return None
+
+
+def fingerprint_of(model: VideoModel, sampling: Sampling) -> Fingerprint:
+    """All that the KVs of a video depend on besides its content."""
+    return Fingerprint(
+        model=model.fingerprint,
+        low_ratio=model.spec.low_ratio,
+        high_ratio=model.spec.high_ratio,
+        dtype=str(model.dtype).removeprefix("torch."),
+        fps=sampling.fps,
+        max_frames=sampling.max_frames,
+    )
 
 
 def _status(
