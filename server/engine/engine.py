@@ -326,11 +326,11 @@ class Engine:
         question.phase = Phase.PREFILL
 
     def _prefill(self, ingest: Ingest) -> None:
+        self.metrics.chunks.inc()
         begin_s = time.perf_counter()
         ingest.step()
         took_s = time.perf_counter() - begin_s
         self._scheduler.account_prefill(took_s)
-        self.metrics.chunks.inc()
         self.metrics.chunk_seconds.observe(took_s)
 
     def _forward(self, questions: list[Question]) -> None:

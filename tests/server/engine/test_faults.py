@@ -1,0 +1,190 @@
+"""What goes wrong for one request stays with that request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from clips import Clip
+
+from compression.select import Dial
+from kvstore.errors import StoreUnavailable
+from kvstore.memory import MemoryStore
+from server.engine.errors import DeviceOutOfMemory, RequestFailed, ShuttingDown, VideoFailed
+from server.engine.request import Request, SamplingParams
+from server.models.base import Row, Turn
+from server.models.videoxl import VideoXL
+
+Drive = Callable[..., Any]
+
+
+class FlakyStore(MemoryStore):
+    """A memory store that fails to read keys which hold ``broken``."""
+
+    broken: str | None = None
+
+    def _read(self, key: str) -> tuple[bytes, bytearray] | None:
+        if self.broken and self.broken in key:
+            raise StoreUnavailable(f"cannot read {key}")
+        return super()._read(key)
+
+
+def key_of(driver: Any, end: str) -> str:
+    return next(filter(lambda key: key.endswith(end), driver.store.keys()))
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete", "garbage"])
+def test_an_unreadable_low_kv_degrades_the_answer(drive: Drive, four_chunks: Clip, damage: str) -> None:
+    driver = drive()
+    record = driver.upload(four_chunks)
+    whole = driver.ask(record, dial=Dial(chunks=(1, 2))).outcome
+    key = key_of(driver, "low/00001")
+    if damage == "flip":
+        blob = driver.store._blobs[key]
+        blob.payload = blob.payload[:-1] + bytes([blob.payload[-1] ^ 1])
+    elif damage == "delete":
+        driver.store.delete(key)
+    else:
+        driver.store.put(key, b"garbage")
+    answer = driver.ask(record, dial=Dial(chunks=(1, 2)))
+    assert answer.outcome.degraded and answer.finish_reason == "length"
+    assert answer.outcome.mixed_tokens < whole.mixed_tokens and answer.outcome.selection == whole.selection
+    assert answer.text == driver.ask(record, dial=Dial(chunks=(2,))).text
+    assert not driver.ask(record, dial=Dial(chunks=(0, 3))).outcome.degraded
+
+
+def test_a_store_that_is_away_degrades_and_comes_back(drive: Drive, four_chunks: Clip) -> None:
+    store = FlakyStore()
+    driver = drive(store)
+    record = driver.upload(four_chunks)
+    text = driver.ask(record).text
+    store.broken = "low/"
+    answer = driver.ask(record)
+    assert answer.outcome.degraded and answer.outcome.mixed_tokens == answer.outcome.high_tokens
+    store.broken = None
+    assert driver.ask(record).text == text
+
+
+@pytest.mark.parametrize("keep_video", [True, False])
+def test_a_damaged_high_kv_is_healed_from_the_kept_bytes(drive: Drive, four_chunks: Clip, keep_video: bool) -> None:
+    before = drive(keep_video=keep_video)
+    record = before.upload(four_chunks)
+    text = before.ask(record).text
+    before.engine.close()
+    before.store.put(key_of(before, "high/00002"), b"garbage")
+    after = drive(before.store, keep_video=keep_video)
+    answers = [after.start(record) for _ in range(3)]
+    for answer in answers:
+        answer.wait()
+    if keep_video:
+        assert [answer.text for answer in answers] == [text] * 3
+        assert not any(answer.outcome.degraded for answer in answers)
+    else:
+        assert all(isinstance(answer.error, VideoFailed) for answer in answers)
+        assert after.engine.library.get(record.id, "").status == "error"
+
+
+def test_high_kvs_out_of_reach_fail_the_question_alone(drive: Drive, four_chunks: Clip) -> None:
+    store = FlakyStore()
+    before = drive(store)
+    record = before.upload(four_chunks)
+    before.engine.close()
+    after = drive(store)
+    store.broken = "high/"
+    assert isinstance(after.ask(record).error, StoreUnavailable)
+    store.broken = None
+    assert after.ask(record).error is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reply"), [(torch.OutOfMemoryError("no room"), DeviceOutOfMemory), (RuntimeError("odd"), RequestFailed)]
+)
+def test_an_error_in_a_batch_fails_the_guilty_one_only(
+    drive: Drive, fresh_model: Callable[..., VideoXL], two_chunks: Clip, error: Exception, reply: type[Exception]
+) -> None:
+    model = fresh_model()
+    forward = model.forward
+    victim = torch.tensor(model.tokenize((Turn("user", "Where?"),)))
+    caches = []
+    batches = []
+
+    def failing(rows: list[Row]) -> torch.Tensor:
+        logits = forward(rows)  # the caches have advanced when it fails
+        batches.append(len(rows))
+        for row in rows:
+            if torch.equal(row.ids, victim):
+                caches.append(row.cache)
+            if any(row.cache is cache for cache in caches) and row.cache.length > row.cache.num_mixed + len(victim) + 5:
+                raise error
+        return logits
+
+    driver = drive(model=model)
+    record = driver.upload(two_chunks)
+    expected = driver.ask(record, max_tokens=60).text
+    model.forward = failing  # type: ignore[method-assign]
+    others = [driver.start(record, max_tokens=60) for _ in range(3)]
+    failed = driver.ask(record, "Where?", max_tokens=60)
+    assert isinstance(failed.error, reply)
+    assert [other.wait().text for other in others] == [expected] * 3
+    assert max(batches) > 1
+    assert driver.ask(record, max_tokens=60).text == expected
+
+
+def test_an_error_while_scoring_fails_one_question(
+    drive: Drive, fresh_model: Callable[..., VideoXL], two_chunks: Clip
+) -> None:
+    model = fresh_model()
+    driver = drive(model=model)
+    record = driver.upload(two_chunks)
+    trace = model.trace
+    model.trace = None  # type: ignore[assignment, method-assign]
+    assert isinstance(driver.ask(record).error, RequestFailed)
+    model.trace = trace  # type: ignore[method-assign]
+    assert driver.ask(record).error is None
+    assert driver.engine._pool.num_leases == 0
+
+
+def test_an_error_in_a_prefill_fails_that_file(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, two_chunks: Clip
+) -> None:
+    model = fresh_model()
+    driver = drive(model=model)
+    encode = model.encode
+    model.encode = None  # type: ignore[assignment, method-assign]
+    record = driver.upload(four_chunks)
+    assert record.status == "error" and "internal error" in record.status_details
+    model.encode = encode  # type: ignore[method-assign]
+    assert driver.upload(two_chunks).status == "processed"
+    assert driver.upload(four_chunks).status == "processed"
+    assert driver.engine.library.get(record.id, "").status == "processed"
+
+
+def test_a_client_that_fails_in_its_callback_harms_nobody(drive: Drive, two_chunks: Clip) -> None:
+    driver = drive()
+    record = driver.upload(two_chunks)
+    answer = driver.start(record)
+    answer.wait()
+
+    def broken(delta: object) -> None:
+        raise ValueError("the client is gone")
+
+    request = Request("broken", (Turn("user", "Where?"),), SamplingParams(0.0), record.id, "", Dial())
+    driver.engine.submit(request, broken)
+    driver.engine.submit(replace(request, id="broken too"), broken)
+    assert driver.ask(record).text == answer.text
+
+
+def test_when_the_engine_itself_fails_everybody_is_told(drive: Drive, two_chunks: Clip) -> None:
+    driver = drive(max_tokens=20_000)
+    record = driver.upload(two_chunks)
+    answers = [driver.start(record, max_tokens=20_000) for _ in range(2)]
+    assert answers[0].first.wait(30)
+    driver.engine._scheduler.plan = None
+    assert all(isinstance(answer.wait().error, ShuttingDown) for answer in answers)
+    driver.engine._thread.join(30)
+    assert not driver.engine.ready
+    with pytest.raises(ShuttingDown):
+        driver.start(record)

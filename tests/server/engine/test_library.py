@@ -1,0 +1,319 @@
+"""Files: taken in once, found again, forgotten without a trace."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from clips import Clip, Clips, blank_media, read_time_s
+from PIL import Image
+
+from compression.select import Dial
+from kvstore.disk import DiskStore
+from kvstore.memory import MemoryStore
+from kvstore.video import VideoStore
+from server.engine.errors import FileNotFound, ShuttingDown, VideoFailed
+from server.models.videoxl import VideoXL
+from server.video.errors import NotAVideo, VideoTooLarge
+from server.video.reader import Sampling, VideoLimits
+
+Drive = Callable[..., Any]
+
+
+def until(condition: Callable[[], object]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came true")
+
+
+def decoders() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def prefilled_chunks(driver: Any) -> float:
+    return driver.engine.metrics.registry.get_sample_value("x2l_prefilled_chunks_total")
+
+
+def test_a_processed_file_tells_what_it_is(drive: Drive, four_chunks: Clip) -> None:
+    driver = drive()
+    library = driver.engine.library
+    record = driver.upload(four_chunks, filename="a.mp4", purpose="user_data")
+    data = four_chunks.path.read_bytes()
+    assert (record.filename, record.purpose, record.nbytes) == ("a.mp4", "user_data", len(data))
+    assert record.content_sha256 == hashlib.sha256(data).hexdigest()
+    assert record.status == "processed" and record.status_details is None and record.expires_at is None
+    video = record.video
+    assert (video.width, video.height, video.num_frames, video.num_chunks) == (160, 96, 14, 4)
+    assert video.chunks_done == 4 and video.progress == 1 and video.duration_s == pytest.approx(14)
+    assert [(c.start_s, c.end_s, c.num_frames) for c in video.chunks] == [(0, 4, 4), (4, 8, 4), (8, 12, 4), (12, 14, 2)]
+    assert video.tokens_visual == 14 * 8 and video.tokens_low == 14 * 4 and 0 < video.tokens_high < video.tokens_low
+    assert video.prefill_s > 0 and video.prefill_mode
+    rows = library.chunks(record)
+    assert [(chunk.index, resident) for chunk, _, _, resident in rows] == [(i, True) for i in range(4)]
+    assert sum(low for _, low, _, _ in rows) == video.tokens_low
+    assert b"".join(library.content(record)) == data
+    assert library.get(record.id, "") == record and library.list("") == [record]
+
+
+def test_thumbnails_show_the_middle_of_each_chunk(drive: Drive, clips: Clips) -> None:
+    driver = drive()
+    record = driver.upload(clips("mp4", width=640, height=360, fps=4.0, duration_s=10.0))
+    for index, middle_s in enumerate((2.0, 6.0, 9.0)):
+        image = Image.open(io.BytesIO(driver.engine.library.thumbnail(record, index)))
+        assert image.format == "JPEG" and image.size == (320, 180)
+        assert read_time_s(np.asarray(image)) == middle_s
+    assert driver.engine.library.thumbnail(record, 3) is None
+
+
+def test_known_content_is_processed_at_once(drive: Drive, four_chunks: Clip) -> None:
+    driver = drive()
+    first = driver.upload(four_chunks)
+    second = driver.upload(four_chunks, wait=False, filename="again.mp4")
+    assert second.status == "processed" and second.id != first.id and second.video == first.video
+    assert prefilled_chunks(driver) == 4
+    other = driver.upload(four_chunks, sampling=Sampling(0.5))
+    assert other.video.num_frames == 7 and prefilled_chunks(driver) == 6
+    driver.upload(four_chunks, tenant="f" * 64)
+    assert prefilled_chunks(driver) == 10  # tenants share nothing
+
+
+def test_two_uploads_at_the_same_time_share_one_prefill(drive: Drive, four_chunks: Clip) -> None:
+    driver = drive()
+    records: list[Any] = []
+    threads = [threading.Thread(target=lambda: records.append(driver.upload(four_chunks))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record.status for record in records] == ["processed"] * 3
+    assert prefilled_chunks(driver) == 4
+    assert len({record.id for record in records}) == 3
+
+
+def test_an_inline_part_keeps_its_record(drive: Drive, two_chunks: Clip) -> None:
+    driver = drive()
+    first = driver.upload(two_chunks, source="inline")
+    again = driver.upload(two_chunks, source="inline", wait=False)
+    assert again.id == first.id and again.expires_at >= first.expires_at > time.time() + 86_000
+    assert driver.upload(two_chunks, wait=False).id != first.id
+    assert len(driver.engine.library.list("")) == 2
+
+
+def test_files_expire(drive: Drive, two_chunks: Clip) -> None:
+    driver = drive(sweep_interval_s=0.05)
+    gone = driver.upload(two_chunks, wait=False, expires_after_s=0)
+    assert driver.engine.library.get(gone.id, "") is None
+    until(lambda: not list(driver.store.keys()))
+    kept = driver.upload(two_chunks, expires_after_s=3600)
+    assert driver.engine.library.list("") == [kept]
+
+
+@pytest.mark.parametrize("keep_video", [True, False])
+def test_deleting_the_last_file_leaves_nothing(drive: Drive, two_chunks: Clip, keep_video: bool) -> None:
+    driver = drive(keep_video=keep_video)
+    first, second = driver.upload(two_chunks), driver.upload(two_chunks)
+    assert (driver.engine.library.content(first) is not None) is keep_video
+    assert not driver.engine.library.delete(first.id, "f" * 64)
+    assert driver.engine.library.delete(first.id, "")
+    assert not driver.engine.library.delete(first.id, "")
+    assert driver.ask(second).error is None
+    assert driver.engine.library.delete(second.id, "")
+    assert list(driver.store.keys()) == [] and driver.engine._pool.nbytes == 0
+
+
+def test_deleting_in_mid_prefill_leaves_nothing(drive: Drive, long_clip: Clip, tmp_path: Path) -> None:
+    driver = drive()
+    record = driver.upload(long_clip, wait=False)
+    waiting = driver.start(record)
+    until(lambda: driver.engine.library.get(record.id, "").video.chunks_done >= 3)
+    assert list(driver.store.keys("kv/"))
+    assert driver.engine.library.delete(record.id, "")
+    assert list(driver.store.keys()) == [] and decoders() == [] and list(tmp_path.glob("upload-*")) == []
+    assert isinstance(waiting.wait().error, FileNotFound)
+    assert driver.engine._pool.nbytes == 0
+    assert driver.upload(long_clip).status == "processed"
+
+
+def test_deleting_an_upload_that_has_not_begun(drive: Drive, long_clip: Clip, two_chunks: Clip, tmp_path: Path) -> None:
+    driver = drive(max_concurrent_prefills=1)
+    first = driver.upload(long_clip, wait=False)
+    queued = driver.upload(two_chunks, wait=False)
+    assert driver.engine.library.delete(queued.id, "")
+    assert driver.wait_processed(first).status == "processed"
+    assert driver.engine.library.list("") == [driver.engine.library.get(first.id, "")]
+    assert list(tmp_path.glob("upload-*")) == []
+
+
+def test_deleting_ends_running_answers(drive: Drive, two_chunks: Clip) -> None:
+    driver = drive(max_tokens=20_000)
+    record = driver.upload(two_chunks)
+    answer = driver.start(record, max_tokens=20_000)
+    assert answer.first.wait(30)
+    driver.engine.library.delete(record.id, "")
+    assert isinstance(answer.wait().error, FileNotFound)
+    with pytest.raises(FileNotFound):
+        driver.start(record)
+    driver.engine._pool.check_integrity()
+
+
+def test_what_is_no_video_is_refused_at_once(drive: Drive, tmp_path: Path) -> None:
+    driver = drive()
+    text = tmp_path / "text"
+    text.write_text("no video " * 100)
+    with pytest.raises(NotAVideo):
+        driver.upload(text)
+    assert driver.engine.library.list("") == [] and list(driver.store.keys()) == []
+    assert list(tmp_path.glob("upload-*")) == []
+
+
+def test_a_video_beyond_the_models_time_is_refused_at_once(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip
+) -> None:
+    model = fresh_model()
+    model.spec = replace(model.spec, max_duration_s=10.0)
+    with pytest.raises(VideoTooLarge) as refused:
+        drive(model=model).upload(four_chunks)
+    assert refused.value.code == "video_too_long"
+    with pytest.raises(VideoTooLarge):
+        drive(limits=VideoLimits(max_frames=13)).upload(four_chunks)
+
+
+def test_a_video_damaged_further_on_is_an_error(drive: Drive, clips: Clips, tmp_path: Path) -> None:
+    source = clips("mp4", width=160, height=96, fps=5.0, duration_s=60.0)
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(source.path.read_bytes())
+    blank_media(damaged, 0.5)
+    driver = drive()
+    record = driver.upload(damaged, wait=False)
+    waiting = driver.start(record)
+    record = driver.wait_processed(record)
+    assert record.status == "error" and record.status_details
+    assert isinstance(waiting.wait().error, VideoFailed)
+    with pytest.raises(VideoFailed, match=record.status_details.split(".")[0]):
+        driver.start(record)
+    assert not list(driver.store.keys("kv/"))
+
+
+def test_a_video_past_the_models_positions_is_an_error(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip
+) -> None:
+    record = drive(model=fresh_model(max_position_embeddings=60)).upload(four_chunks)
+    assert record.status == "error" and "60 positions" in record.status_details
+
+
+def test_an_interrupted_upload_resumes(drive: Drive, long_clip: Clip, tmp_path: Path) -> None:
+    store = MemoryStore()
+    before = drive(store)
+    record = before.upload(long_clip, wait=False)
+    until(lambda: before.engine.library.get(record.id, "").video.chunks_done >= 2)
+    before.engine.close()
+    assert not list(store.keys("kv/")) and decoders() == []
+    assert list(tmp_path.glob("upload-*")) == []
+    after = drive(store)
+    assert after.engine.library.get(record.id, "").status == "uploaded"
+    assert after.ask(record).error is None
+    assert after.engine.library.get(record.id, "").status == "processed"
+
+
+def test_an_interrupted_upload_whose_bytes_were_not_kept_fails(drive: Drive, long_clip: Clip) -> None:
+    store = MemoryStore()
+    before = drive(store, keep_video=False)
+    record = before.upload(long_clip, wait=False)
+    before.engine.close()
+    after = drive(store, keep_video=False)
+    record = after.engine.library.get(record.id, "")
+    assert record.status == "error" and "upload it again" in record.status_details
+    assert after.upload(long_clip).status == after.engine.library.get(record.id, "").status == "processed"
+
+
+def test_a_failed_file_stays_failed_over_a_restart(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, tmp_path: Path
+) -> None:
+    store = DiskStore(tmp_path / "store")
+    model = fresh_model(max_position_embeddings=60)
+    before = drive(store, model=model)
+    record = before.upload(four_chunks)
+    before.engine.close()
+    assert drive(store, model=model).engine.library.get(record.id, "") == record
+
+
+def test_another_model_prefills_its_own(drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip) -> None:
+    store = MemoryStore()
+    before = drive(store)
+    record = before.upload(four_chunks)
+    text = before.ask(record).text
+    before.engine.close()
+    after = drive(store, model=fresh_model(high_cmpr_ratio=4))
+    outcome = after.ask(record).outcome
+    assert outcome.high_tokens > before.engine._model.prefix().num_tokens + record.video.tokens_high
+    assert prefilled_chunks(after) == 4
+    after.engine.close()
+    again = drive(store)
+    assert again.ask(record).text == text and prefilled_chunks(again) == 0
+
+
+def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
+    measure = drive()
+    measure.upload(four_chunks)
+    quota = measure.store.nbytes("kv/") + measure.store.nbytes("content/") + 2000
+    driver = drive(store_quota_bytes=quota)
+    old = driver.upload(two_chunks)
+    assert driver.ask(old).error is None
+    new = driver.upload(four_chunks)
+    assert driver.ask(new).error is None
+    assert driver.engine.library.get(old.id, "").status == "processed"
+    assert isinstance(driver.ask(old).error, VideoFailed)
+    assert driver.engine.library.get(old.id, "").status == "error"
+    assert 0 < driver.store.nbytes("kv/") + driver.store.nbytes("content/") <= quota
+
+
+def test_a_question_prefills_an_evicted_video_again(drive: Drive, four_chunks: Clip) -> None:
+    driver = drive()
+    record = driver.upload(four_chunks)
+    text = driver.ask(record).text
+    key = driver.engine.library.video(record.id, "").key
+    VideoStore(driver.store).delete(key)
+    driver.engine._pool.discard(key)
+    answers = [driver.start(record) for _ in range(3)]
+    assert [answer.wait().text for answer in answers] == [text] * 3
+    assert prefilled_chunks(driver) == 8
+
+
+def test_a_video_larger_than_the_quota_fails_and_leaves_no_kvs(drive: Drive, four_chunks: Clip) -> None:
+    driver = drive(store_quota_bytes=four_chunks.path.stat().st_size + 2000)
+    record = driver.upload(four_chunks)
+    assert record.status == "error" and "quota" in record.status_details
+    assert not list(driver.store.keys("kv/"))
+
+
+def test_closing_drains_and_then_refuses(drive: Drive, two_chunks: Clip) -> None:
+    driver = drive(max_tokens=20_000)
+    record = driver.upload(two_chunks)
+    assert driver.engine.ready
+    short = driver.start(record, max_tokens=300)
+    driver.engine.close(drain_s=60)
+    assert short.wait().finish_reason == "length" and not driver.engine.ready
+    with pytest.raises(ShuttingDown):
+        driver.start(record)
+
+
+def test_closing_ends_what_does_not_finish_in_time(drive: Drive, two_chunks: Clip, long_clip: Clip) -> None:
+    driver = drive(max_tokens=20_000)
+    record = driver.upload(two_chunks)
+    endless = driver.start(record, max_tokens=20_000)
+    waiting = driver.start(driver.upload(long_clip, wait=False), dial=Dial(reload=1))
+    assert endless.first.wait(30)
+    driver.engine.close(drain_s=0.1)
+    assert isinstance(endless.wait().error, ShuttingDown) and isinstance(waiting.wait().error, ShuttingDown)
+    assert decoders() == []
