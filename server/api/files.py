@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
@@ -70,7 +71,7 @@ async def upload(http: HttpRequest, services: Context, tenant: Tenant) -> FileOb
     if not services.engine.ready or services.stopping:
         raise ApiError(503, "The server is stopping", code="shutting_down", headers={"retry-after": "5"})
     received = await receive_upload(http, services.spool, services.settings.max_upload_bytes)
-    return await asyncio.to_thread(_create, services, received, tenant)
+    return await run_in_threadpool(_create, services, received, tenant)
 
 
 @router.get("")

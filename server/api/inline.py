@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import os
@@ -12,6 +11,8 @@ import stat
 import tempfile
 import urllib.parse
 from pathlib import Path
+
+from starlette.concurrency import run_in_threadpool
 
 from server.api.context import Services
 from server.api.errors import ApiError, bad_request
@@ -27,7 +28,8 @@ async def ingest(services: Services, source: VideoSource, sampling: Sampling, te
 
     Raises ApiError: 400 for what is no video or not allowed, 413 for what is too large.
     """
-    return await asyncio.to_thread(_ingest, services, source, sampling, tenant)
+    # Not the event loop's own small pool: checking a video may take long, and questions must not wait for that.
+    return await run_in_threadpool(_ingest, services, source, sampling, tenant)
 
 
 def _ingest(services: Services, source: VideoSource, sampling: Sampling, tenant: str) -> str:

@@ -36,9 +36,10 @@ def serve(**options: Any) -> None:
     except (ValueError, StoreError) as error:
         raise SettingsError(str(error)) from error
     try:
-        for name, value in _summary(settings, backend.model).items():
+        server = Server(settings, backend)
+        for name, value in (_summary(settings, backend.model) | {"address": server.address}).items():
             print(f"{name:8} {value}", flush=True)
-        Server(settings, backend).run()
+        server.serve_forever()
     finally:
         backend.close()
 
@@ -60,7 +61,6 @@ def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
         "ratios": f"{spec.low_ratio} (detailed) and {spec.high_ratio} (small), re-load {spec.default_reload} chunks",
         "size": f"{sizes[0]:.1f} MB (detailed) and {sizes[1]:.1f} MB (small) of KVs per video-hour",
         "access": f"{len(settings.api_key)} API keys" if settings.api_key else "no API key",
-        "address": f"http://{settings.host}:{settings.port}" if settings.port else "a free port",
     }
 
 

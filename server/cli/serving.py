@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,12 +24,12 @@ class Server(uvicorn.Server):
     """uvicorn, with a drain: the first signal lets running answers finish (new ones get a 503), the second stops."""
 
     def __init__(self, settings: Settings, backend: Backend) -> None:
+        """Binds its address at once. Raises OSError."""
+        self._socket = _listen(settings.host, settings.port)
         self.app: FastAPI = create_app(settings, backend)
         super().__init__(
             uvicorn.Config(
                 self.app,
-                host=settings.host,
-                port=settings.port,
                 log_level=settings.log_level,
                 timeout_graceful_shutdown=int(_CLOSE_S),
                 server_header=False,
@@ -41,9 +42,14 @@ class Server(uvicorn.Server):
 
     @property
     def address(self) -> str:
-        """The base URL, once started (the port is known then, also where 0 was asked for)."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        """The base URL, with the port that was found where 0 was asked for."""
+        host, port = self._socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def serve_forever(self) -> None:
+        """Serves until a signal, or until ``should_exit`` is set."""
+        with self._socket:
+            self.run(sockets=[self._socket])
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -80,15 +86,22 @@ class Server(uvicorn.Server):
 def running(settings: Settings, backend: Backend) -> Iterator[str]:
     """A server on a thread; its base URL. It is stopped and the backend closed in the end."""
     server = Server(settings, backend)
-    thread = threading.Thread(target=server.run, name="http")
+    thread = threading.Thread(target=server.serve_forever, name="http")
     thread.start()
     try:
         while not server.started:
             if not thread.is_alive():
-                raise OSError(f"cannot listen on {settings.host}:{settings.port}")
+                raise OSError("the server did not start")
             time.sleep(0.01)
         yield server.address
     finally:
         server.should_exit = True
         thread.join()
         backend.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None

@@ -89,6 +89,7 @@ def test_make_video(tmp_path: Path) -> None:
         (("--port", "eighty"), {}, "--port"),
         (("--store", "s3://bucket"), {}, "store"),
         (("--model", "no/such-model"), {}, "no/such-model"),
+        (("--host", "192.0.2.1"), {"X2L_STORE": "memory://"}, "192.0.2.1"),
         ((), {"X2L_PROT": "1"}, "X2L_PROT"),
         ((), {"X2L_MAX_QUEUE": "none"}, "X2L_MAX_QUEUE"),
     ],
@@ -108,7 +109,7 @@ from server.config import load_settings
 settings = load_settings(port=sys.argv[1], store="memory://", drain_s=sys.argv[2], log_level="warning")
 backend = open_backend(settings)
 backend.model.end_ids = frozenset()  # an answer runs to max_tokens
-Server(settings, backend).run()
+Server(settings, backend).serve_forever()
 backend.close()
 """
 
