@@ -104,7 +104,9 @@ class Attention(nn.Module):
 
     def _heads(self, queries: Tensor, keys: Tensor, values: Tensor) -> QKV:
         def split(x: Tensor) -> Tensor:
-            return x.view(*x.shape[:-1], -1, self.config.head_dim).transpose(-2, -3)
+            # Spelt out, because -1 is ambiguous where a short chunk has no VST at all.
+            heads = x.shape[-1] // self.config.head_dim
+            return x.view(*x.shape[:-1], heads, self.config.head_dim).transpose(-2, -3)
 
         return self.q_norm(split(queries)), self.k_norm(split(keys)), split(values)
 

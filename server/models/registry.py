@@ -1,0 +1,55 @@
+"""From the name that `--model` takes to a model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from server.models.base import VideoModel
+from server.models.tiny.model import load_tiny
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class UnknownModelError(ValueError):
+    """No loader knows this name."""
+
+
+class DeviceError(ValueError):
+    """The device or the dtype is not to be had on this machine."""
+
+
+def load_model(
+    name: str = "tiny",
+    *,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    low_ratio: int | None = None,
+    high_ratio: int | None = None,
+) -> VideoModel:
+    """Loads ``tiny`` (also known as ``x2l-tiny``), the bundled model.
+
+    ``auto`` takes a GPU where there is one, and float32 on a CPU or bfloat16 on a GPU. Raises UnknownModelError,
+    DeviceError, CheckpointError.
+    """
+    if name not in ("tiny", "x2l-tiny"):
+        raise UnknownModelError(f"unknown model {name!r}: this version serves 'tiny', the bundled model")
+    place = _device(device)
+    return load_tiny(device=place, dtype=_dtype(dtype, place), low_ratio=low_ratio, high_ratio=high_ratio)
+
+
+def _device(name: Device) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device 'cuda' was asked for, but no CUDA device is available")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _dtype(name: DType, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
