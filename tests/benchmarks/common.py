@@ -1,0 +1,129 @@
+"""What the benchmarks share: synthetic videos, the record of a run, accuracy counts.
+
+The scripts of this folder are run as ``python tests/benchmarks/NAME.py``. They print what they find, and with
+``--out FILE`` they write it as JSON; the committed results lie in ``results/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from server.models.tiny.make_video import make_video
+from server.models.tiny.model import FOLDER
+
+PACKAGES = ("torch", "transformers", "av")
+
+
+@dataclass(frozen=True)
+class Video:
+    """A synthetic mp4 and its questions, as OUT.json holds them."""
+
+    seed: int
+    path: Path
+    questions: list[dict[str, Any]]
+
+
+def parser(doc: str, *, seeds: str) -> argparse.ArgumentParser:
+    """An argument parser with ``--seeds`` and ``--out``; its description is the first line of ``doc``."""
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--seeds", type=parse_seeds, default=parse_seeds(seeds), help=f"of the videos [{seeds}]")
+    made.add_argument("--out", type=Path, help="write the result to this JSON file")
+    return made
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"500-502,7"`` -> [500, 501, 502, 7]."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def make_videos(folder: Path, seeds: Sequence[int], chunks: int = 16) -> list[Video]:
+    """Fresh mp4 files of ``chunks`` chunks in ``folder``, one a seed."""
+    videos = []
+    for seed in seeds:
+        path = folder / f"seed-{seed}-{chunks}.mp4"
+        videos.append(Video(seed, path, make_video(path, seed, chunks)["questions"]))
+    return videos
+
+
+def circumstances() -> dict[str, Any]:
+    """The command, when and on what it ran, and a fingerprint of the bundled weights."""
+    weights = b"".join((FOLDER / name).read_bytes() for name in ("model.safetensors", "config.json"))
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": _cpu_model(),
+        "num_cpus": os.cpu_count(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "model_sha256": hashlib.sha256(weights).hexdigest()[:16],
+    }
+
+
+def write(result: Mapping[str, Any], out: Path | None) -> None:
+    """Writes the result as JSON, if a file was asked for."""
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def criterion(name: str, value: float, least: float) -> dict[str, Any]:
+    """A figure and the least that it has to be. A little under counts as met: sums of floats are not exact."""
+    return {"name": name, "value": round(value, 4), "least": least, "met": value >= least - 1e-9}
+
+
+def print_criteria(criteria: Iterable[Mapping[str, Any]]) -> None:
+    for entry in criteria:
+        print(f"{'met   ' if entry['met'] else 'MISSED'} {entry['name']}: {entry['value']} (at least {entry['least']})")
+
+
+class Tally:
+    """Right answers and questions by type."""
+
+    def __init__(self) -> None:
+        self.right: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
+
+    def add(self, kind: str, right: bool) -> None:
+        self.right[kind] += right
+        self.asked[kind] += 1
+
+    def share(self, kind: str | None = None) -> float:
+        """The share of right answers, of one type or of all; 0 where nothing was asked."""
+        if kind is None:
+            return self.right.total() / max(1, self.asked.total())
+        return self.right[kind] / max(1, self.asked[kind])
+
+    def counts(self) -> dict[str, list[int]]:
+        """``{type: [right, asked]}`` and ``all``."""
+        by_type = {kind: [self.right[kind], self.asked[kind]] for kind in sorted(self.asked)}
+        return by_type | {"all": [self.right.total(), self.asked.total()]}
+
+
+def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[object]]) -> None:
+    """A table in plain text; floats get three decimals."""
+    print(f"\n{title:28}" + "".join(f"{column:>11}" for column in columns))
+    for name, cells in rows.items():
+        shown = (f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells)
+        print(f"{name:28}" + "".join(f"{text:>11}" for text in shown), flush=True)
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
