@@ -12,7 +12,7 @@ from server.api.errors import ApiError
 router = APIRouter(include_in_schema=False)
 
 _FOLDER = Path(__file__).parent.parent / "playground"
-_ASSETS = {"app.js": "text/javascript", "style.css": "text/css"}
+_ASSETS = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob:; base-uri 'none'; form-action 'none'",
     "x-content-type-options": "nosniff",
@@ -28,7 +28,7 @@ async def page() -> Response:
 
 @router.get("/playground/{name}")
 async def asset(name: str) -> Response:
-    """Its script and style."""
+    """Its script, style and icon."""
     if name not in _ASSETS:
         raise ApiError(404, "No such asset", code="unknown_url")
     return FileResponse(_FOLDER / name, media_type=_ASSETS[name], headers=_HEADERS)

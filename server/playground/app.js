@@ -1,21 +1,32 @@
 // The playground. Everything that comes from the server is set as text, never as markup.
 
 const $ = (id) => document.getElementById(id);
-const headers = () => ($("key").value ? { Authorization: `Bearer ${$("key").value}` } : {});
+const fileUrl = (id, rest = "") => `/v1/files/${encodeURIComponent(id)}${rest}`;
 let asking = null; // the AbortController of the running question
-let watching = null; // ... and of the watched upload
+let watching = null; // ... and of the watched file
 
-function say(text, isError = false) {
-  $("status").textContent = text;
-  $("status").className = isError ? "error" : "";
+function say(where, text, isError = false) {
+  $(where).textContent = text;
+  $(where).classList.toggle("error", isError);
+}
+
+function report(where, error) {
+  if (error.name === "AbortError") return;
+  if (error.status === 401) askForKey();
+  say(where, error instanceof TypeError ? "The server cannot be reached." : error.message, true);
+}
+
+// Requests ---------------------------------------------------------------------------------------------------------
+
+const headers = () => ($("key").value ? { Authorization: `Bearer ${$("key").value}` } : {});
+
+function refusal(status, body) {
+  return Object.assign(new Error(body?.error?.message ?? `The server answered with HTTP ${status}.`), { status });
 }
 
 async function api(path, options = {}) {
   const response = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
-  if (!response.ok) {
-    const body = await response.json().catch(() => null);
-    throw new Error(body?.error?.message ?? `HTTP ${response.status}`);
-  }
+  if (!response.ok) throw refusal(response.status, await response.json().catch(() => null));
   return response;
 }
 
@@ -32,38 +43,10 @@ async function* events(response) {
       if (line === "data: [DONE]") return;
       if (!line.startsWith("data: ")) continue;
       const data = JSON.parse(line.slice(6));
-      if (data.error) throw new Error(data.error.message);
+      if (data.error) throw refusal(0, data);
       yield data;
     }
   }
-}
-
-function clock(seconds) {
-  const whole = Math.floor(seconds);
-  return `${String(Math.floor(whole / 60)).padStart(2, "0")}:${String(whole % 60).padStart(2, "0")}`;
-}
-
-async function refresh(selected = $("files").value) {
-  const { data } = await (await api("/v1/files")).json();
-  $("files").replaceChildren(
-    ...data.map((file) => new Option(`${file.filename} (${file.status})`, file.id, false, file.id === selected)),
-  );
-}
-
-function show(file) {
-  $("progress").hidden = file.status !== "uploaded";
-  $("progress").value = file.video?.progress ?? 0;
-  if (file.status === "error") say(`${file.filename}: ${file.status_details}`, true);
-  else if (file.status === "processed") say(`${file.filename}: ready, ${file.video.num_chunks} chunks`);
-  else say(`${file.filename}: prefilling ${file.video?.chunks_done ?? 0} of ${file.video?.num_chunks ?? "?"} chunks`);
-}
-
-async function watch(id) {
-  watching?.abort();
-  watching = new AbortController();
-  const response = await api(`/v1/files/${encodeURIComponent(id)}/events`, { signal: watching.signal });
-  for await (const file of events(response)) show(file);
-  await refresh(id);
 }
 
 function send(file) {
@@ -78,45 +61,158 @@ function send(file) {
     request.responseType = "json";
     request.upload.onprogress = (event) => { $("progress").value = event.loaded / event.total; };
     request.onload = () =>
-      request.status === 200
-        ? resolve(request.response)
-        : reject(new Error(request.response?.error?.message ?? `HTTP ${request.status}`));
-    request.onerror = () => reject(new Error("The connection broke"));
+      request.status === 200 ? resolve(request.response) : reject(refusal(request.status, request.response));
+    request.onerror = () => reject(new Error("The connection broke."));
     request.send(form);
   });
 }
 
+// The API key ------------------------------------------------------------------------------------------------------
+
+function askForKey() {
+  $("access").hidden = false;
+  $("docs").hidden = true; // a link cannot carry the key
+  $("key").focus();
+}
+
+$("key-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  try {
+    await refresh();
+    say("key-status", "The key is accepted.");
+  } catch (error) {
+    report("key-status", error);
+  }
+});
+
+// Videos -----------------------------------------------------------------------------------------------------------
+
+function clock(seconds) {
+  const whole = Math.floor(seconds);
+  return `${String(Math.floor(whole / 60)).padStart(2, "0")}:${String(whole % 60).padStart(2, "0")}`;
+}
+
+function show(file) {
+  const video = file.video;
+  $("progress").hidden = file.status !== "uploaded";
+  $("progress").value = video?.progress ?? 0;
+  if (file.status === "error") {
+    say("video-status", `${file.filename} cannot be used: ${file.status_details}`, true);
+  } else if (file.status === "uploaded") {
+    say("video-status", `Reading the video: ${video ? `${video.chunks_done} of ${video.num_chunks} chunks` : "waiting"}`);
+  } else {
+    say("video-status", `Ready: ${clock(video.duration_s)}, ${video.width}×${video.height}, ${video.num_chunks} chunks`);
+  }
+}
+
+/** Lists the files again, chooses one and shows how it stands. */
+async function refresh(chosen = $("files").value) {
+  const { data } = await (await api("/v1/files")).json();
+  const word = { uploaded: "reading", error: "failed" };
+  $("files").replaceChildren(
+    ...data.map((file) => {
+      const label = word[file.status] ? `${file.filename} (${word[file.status]})` : file.filename;
+      return new Option(label, file.id, false, file.id === chosen);
+    }),
+  );
+  $("chosen").hidden = data.length === 0;
+  if (data.length) await watch($("files").value);
+}
+
+async function watch(id) {
+  watching?.abort();
+  const mine = (watching = new AbortController());
+  const response = await api(fileUrl(id, "/events"), { signal: mine.signal });
+  let wasReading = false;
+  for await (const file of events(response)) {
+    show(file);
+    if (wasReading && file.status !== "uploaded") refresh(id).catch((error) => report("video-status", error));
+    wasReading = file.status === "uploaded";
+  }
+}
+
+$("upload").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  watching?.abort();
+  $("send").disabled = true;
+  $("progress").hidden = false;
+  say("video-status", "Uploading");
+  say("ask-status", "");
+  let id;
+  try {
+    ({ id } = await send($("file").files[0]));
+  } catch (error) {
+    $("progress").hidden = true;
+    return report("video-status", error);
+  } finally {
+    $("send").disabled = false;
+  }
+  refresh(id).catch((error) => report("video-status", error));
+});
+
+$("files").addEventListener("change", () => {
+  watch($("files").value).catch((error) => report("video-status", error));
+});
+
+$("delete").addEventListener("click", async () => {
+  const [option] = $("files").selectedOptions;
+  if (!confirm(`Delete ${option.text} and everything made of it?`)) return;
+  watching?.abort();
+  try {
+    await api(fileUrl(option.value), { method: "DELETE" });
+    $("progress").hidden = true;
+    $("reply").hidden = true;
+    say("video-status", "Deleted");
+    await refresh("");
+  } catch (error) {
+    report("video-status", error);
+  }
+});
+
+// Questions --------------------------------------------------------------------------------------------------------
+
+function element(tag, text) {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  return made;
+}
+
 function evidenceItem(fileId, item) {
   const entry = document.createElement("li");
-  entry.textContent = `${clock(item.start_s)} to ${clock(item.end_s)} (chunk ${item.chunk}, score ${item.score.toFixed(3)})`;
-  api(`/v1/files/${encodeURIComponent(fileId)}/chunks/${item.chunk}/thumbnail`)
+  const image = new Image();
+  image.alt = `Frame from chunk ${item.chunk}`;
+  entry.append(
+    image,
+    element("strong", `${clock(item.start_s)} to ${clock(item.end_s)}`),
+    element("span", `chunk ${item.chunk}, score ${item.score.toFixed(3)}`),
+  );
+  api(fileUrl(fileId, `/chunks/${item.chunk}/thumbnail`))
     .then((response) => response.blob())
     .then((blob) => {
-      const image = new Image();
-      image.alt = `Frame at ${clock(item.start_s)}`;
       image.onload = () => URL.revokeObjectURL(image.src);
       image.src = URL.createObjectURL(blob);
-      entry.append(image);
     })
-    .catch(() => {}); // a picture is a nicety: the times stand there already
+    .catch(() => image.remove()); // a picture is a nicety: the times stand there already
   return entry;
 }
 
-function showEvidence(x2l) {
-  const { mixed, low } = x2l.kv_tokens;
-  const { score, reload, prefill, decode } = x2l.timings_ms;
+function showEvidence({ file_id, evidence, kv_tokens, timings_ms, degraded }) {
+  $("evidence").replaceChildren(
+    ...(evidence.length
+      ? evidence.map((item) => evidenceItem(file_id, item))
+      : [Object.assign(element("li", "No chunk was re-loaded."), { className: "none" })]),
+  );
+  const spent = Object.entries(timings_ms).map(([name, value]) => `${name} ${value.toFixed(0)} ms`);
   $("facts").textContent =
-    `${mixed} KV tokens instead of ${low}${x2l.degraded ? " (degraded)" : ""}; ` +
-    `score ${score.toFixed(0)} ms, re-load ${reload.toFixed(0)} ms, prefill ${prefill.toFixed(0)} ms, decode ${decode.toFixed(0)} ms`;
-  $("evidence").replaceChildren(...x2l.evidence.map((item) => evidenceItem(x2l.file_id, item)));
+    `${kv_tokens.mixed} KV tokens instead of ${kv_tokens.low}${degraded ? " (degraded)" : ""}; ${spent.join(", ")}`;
 }
 
-async function ask(fileId, question) {
-  const { data } = await (await api("/v1/models")).json();
+async function ask(fileId, question, signal) {
+  const { data } = await (await api("/v1/models", { signal })).json();
   const reload = $("reload").value;
   const response = await api("/v1/chat/completions", {
     method: "POST",
-    signal: asking.signal,
+    signal,
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({
       model: data[0].id,
@@ -129,58 +225,40 @@ async function ask(fileId, question) {
     }),
   });
   for await (const chunk of events(response)) {
-    $("answer").textContent += chunk.choices[0]?.delta.content ?? "";
-    if (chunk.x2l) showEvidence(chunk.x2l);
+    const text = chunk.choices[0]?.delta.content;
+    if (text) {
+      say("ask-status", "");
+      $("reply").hidden = false;
+      $("answer").textContent += text;
+    }
+    if (chunk.x2l) {
+      $("reply").hidden = false;
+      showEvidence(chunk.x2l);
+    }
   }
 }
 
-$("upload").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  try {
-    $("progress").hidden = false;
-    say("Uploading");
-    const file = await send($("file").files[0]);
-    await refresh(file.id);
-    await watch(file.id);
-  } catch (error) {
-    $("progress").hidden = true;
-    if (error.name !== "AbortError") say(error.message, true);
-  }
-});
-
-$("files").addEventListener("change", () => {
-  watch($("files").value).catch((error) => error.name !== "AbortError" && say(error.message, true));
-});
-
-$("delete").addEventListener("click", async () => {
-  if (!$("files").value) return;
-  try {
-    watching?.abort();
-    await api(`/v1/files/${encodeURIComponent($("files").value)}`, { method: "DELETE" });
-    say("Deleted");
-    await refresh("");
-  } catch (error) {
-    say(error.message, true);
-  }
-});
-
 $("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (!$("files").value) return say("Upload a video first", true);
   asking?.abort();
-  const mine = (asking = new AbortController());
+  if (!$("files").value) return say("ask-status", "Upload a video first.", true);
+  const { signal } = (asking = new AbortController());
   $("stop").disabled = false;
+  $("reply").hidden = true;
   $("answer").textContent = $("facts").textContent = "";
   $("evidence").replaceChildren();
+  say("ask-status", $("progress").hidden ? "Asking" : "Asking: the answer comes once the video is ready");
   try {
-    await ask($("files").value, $("question").value);
+    await ask($("files").value, $("question").value, signal);
+    say("ask-status", "");
   } catch (error) {
-    if (error.name !== "AbortError") say(error.message, true);
+    if (asking.signal === signal) say("ask-status", "Stopped");
+    report("ask-status", error);
   } finally {
-    if (asking === mine) $("stop").disabled = true;
+    if (asking.signal === signal) $("stop").disabled = true;
   }
 });
 
 $("stop").addEventListener("click", () => asking?.abort());
-$("key").addEventListener("change", () => refresh().then(() => say(""), (error) => say(error.message, true)));
-refresh().catch((error) => say(error.message, true));
+
+refresh().catch((error) => (error.status === 401 ? askForKey() : report("video-status", error)));
