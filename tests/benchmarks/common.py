@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections import Counter
@@ -62,8 +63,8 @@ def make_videos(folder: Path, seeds: Sequence[int], chunks: int = 16) -> list[Vi
     return videos
 
 
-def circumstances() -> dict[str, Any]:
-    """The command, when and on what it ran, and a fingerprint of the bundled weights."""
+def circumstances(given: argparse.Namespace) -> dict[str, Any]:
+    """The command, when and on what it ran, a fingerprint of the bundled weights, and the arguments."""
     weights = b"".join((FOLDER / name).read_bytes() for name in ("model.safetensors", "config.json"))
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -72,13 +73,22 @@ def circumstances() -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "model_sha256": hashlib.sha256(weights).hexdigest()[:16],
+        "arguments": {name: value for name, value in vars(given).items() if name != "out"},
     }
+
+
+def to_json(result: Mapping[str, Any]) -> str:
+    """Indented, but a list of plain values stays on one line."""
+    text = json.dumps(result, indent=2)
+    return re.sub(
+        r"\[\n[^\[\]{}]+?\]", lambda plain: re.sub(r"\n\s*", " ", plain[0]).replace("[ ", "[")[:-2] + "]", text
+    )
 
 
 def write(result: Mapping[str, Any], out: Path | None) -> None:
     """Writes the result as JSON, if a file was asked for."""
     if out is not None:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        out.write_text(to_json(result) + "\n")
 
 
 def criterion(name: str, value: float, least: float) -> dict[str, Any]:

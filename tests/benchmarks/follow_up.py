@@ -85,7 +85,7 @@ def main() -> None:
                 results.append(measure(client, videos[0], chunks, given.repeats))
     columns = [name for name in results[0] if name not in ("chunks", "server_ms_p50")]
     print_table("chunks", [name[:10] for name in columns], {str(r["chunks"]): [r[c] for c in columns] for r in results})
-    write(circumstances() | {"seed": given.seeds[0], "results": results}, given.out)
+    write(circumstances(given) | {"results": results}, given.out)
 
 
 if __name__ == "__main__":

@@ -183,8 +183,7 @@ def main() -> None:
     )
     print()
     print_criteria(result["criteria"])
-    sizes = {"seeds": given.seeds, "chunks": given.chunks, "concurrency": given.concurrency}
-    write(circumstances() | sizes | result, given.out)
+    write(circumstances(given) | result, given.out)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ punctuation and with polite padding. Default settings throughout.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import tempfile
@@ -31,7 +32,6 @@ from server.models.tiny.world import COLORS, PLATE_COLORS, SHAPES, SYMBOLS, Scri
 
 PHRASINGS = Path(__file__).parent / "phrasings.json"
 _OBJECT = re.compile(rf"\b(?:{'|'.join(COLORS)}) (?:{'|'.join(SHAPES)})\b")
-_TIME = re.compile(r"\b\d\d:\d\d\b")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def facts(question: ExamQuestion, script: Script) -> dict[str, str]:
     """The blanks of held-out phrasings: object, position and label, with the suffixes _a and _b where there are two."""
     objects = _OBJECT.findall(question.question)
     if question.type == "object":
-        return {"time": _TIME.findall(question.question)[0]}
+        return {"time": re.findall(r"\b\d\d:\d\d\b", question.question)[0]}
     if question.type == "order":
         return {"a": objects[0], "b": objects[1]}
     if question.type not in ("code", "multi"):
@@ -79,20 +79,15 @@ def _random_case(text: str) -> str:
     return "".join(rng.choice((char.lower(), char.upper())) for char in text)
 
 
-def _lower_first(text: str) -> str:
-    return text[0].lower() + text[1:]
-
-
 VARIANTS: dict[str, Callable[[str], str]] = {
     "UPPER CASE": str.upper,
     "lower case": str.lower,
     "rAnDoM cAsE": _random_case,
     "no punctuation": _without_punctuation,
-    "double punctuation": lambda text: text.rstrip("?.") + "?!...",
     "please": lambda text: f"{text.rstrip('?.')}, please?",
-    "Please, ...": lambda text: f"Please, {_lower_first(text)}",
+    "Please, ...": lambda text: f"Please, {text}",
     "... Thanks a lot!": lambda text: f"{text} Thanks a lot!",
-    "Hi there, ...": lambda text: f"Hi there, {_lower_first(text)}",
+    "Hi there, ...": lambda text: f"Hi there, {text}",
     "Hello! ... Thank you!": lambda text: f"Hello! {text} Thank you very much!",
 }
 
@@ -107,7 +102,7 @@ def answers(client: OpenAI, asked: Sequence[tuple[Exam, str]], concurrency: int)
 
 
 def compare_phrasings(
-    client: OpenAI, exams: Sequence[Exam], own: Mapping[int, bool], per_phrasing: int, concurrency: int
+    client: OpenAI, exams: Sequence[Exam], own: Sequence[bool], per_phrasing: int, concurrency: int
 ) -> dict[str, Any]:
     """Every held-out phrasing with the facts of ``per_phrasing`` questions, paired with the same questions' ``own``."""
     phrasings = json.loads(PHRASINGS.read_text())
@@ -121,13 +116,13 @@ def compare_phrasings(
             pairs.append((deck.pop(), template))
     asked = [(exams[number], fill(template, dict(exams[number].blanks))) for number, template in pairs]
     held_out, generator, wrong = Tally(), Tally(), []
-    for (number, _), (exam, text), (right, reply) in zip(
-        pairs, asked, answers(client, asked, concurrency), strict=True
-    ):
+    replies = answers(client, asked, concurrency)
+    for (number, _), (exam, _), (right, reply) in zip(pairs, asked, replies, strict=True):
         held_out.add(exam.question.type, right)
         generator.add(exam.question.type, own[number])
         if own[number] and not right:
-            wrong.append({"type": exam.question.type, "reply": reply, "answer": exam.question.answer, "text": text})
+            # Without its text: who reads results must not come to know the phrasings.
+            wrong.append({"type": exam.question.type, "answer": exam.question.answer, "reply": reply})
     return {
         "phrasings_per_type": {kind: len(phrasings[kind]) for kind in held_out.asked},
         "held_out": held_out.counts(),
@@ -140,28 +135,38 @@ def compare_phrasings(
     }
 
 
-def run(folder: Path, seeds: Sequence[int], chunks: int, per_phrasing: int, concurrency: int) -> dict[str, Any]:
-    videos = make_videos(folder, seeds, chunks)
+def compare_variants(
+    client: OpenAI, exams: Sequence[Exam], own: Sequence[bool], concurrency: int
+) -> dict[str, dict[str, Any]]:
+    """Every variant of the generator's wording against that wording itself."""
+    variants = {}
+    for name, change in VARIANTS.items():
+        texts = [change(exam.question.question) for exam in exams]
+        after = [right for right, _ in answers(client, [*zip(exams, texts, strict=True)], concurrency)]
+        variants[name] = {
+            "right_of_asked": [sum(after), len(after)],
+            "difference": round((sum(after) - sum(own)) / len(own), 4),
+            "lost": [text for text, before, now in zip(texts, own, after, strict=True) if before and not now],
+        }
+    return variants
+
+
+def run(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    videos = make_videos(folder, given.seeds, given.chunks)
+    exams: list[Exam] = []
+    num_varied = 0
     with serving() as live, live.client() as client:
         files = upload(client, videos)
-        exams = []
-        for video in videos:
-            plan = plan_video(video.seed, chunks)
+        for number, video in enumerate(videos, start=1):
+            plan = plan_video(video.seed, given.chunks)
             exams += [Exam(files[video.path].id, q, facts(q, plan.script)) for q in plan.questions]
-        plain = [right for right, _ in answers(client, [(e, e.question.question) for e in exams], concurrency)]
-        phrasings = compare_phrasings(client, exams, dict(enumerate(plain)), per_phrasing, concurrency)
-        variants = {}
-        for name, change in VARIANTS.items():
-            changed = answers(client, [(e, change(e.question.question)) for e in exams], concurrency)
-            lost = [e for e, before, (after, _) in zip(exams, plain, changed, strict=True) if before and not after]
-            variants[name] = {
-                "right": sum(right for right, _ in changed),
-                "difference": round((sum(right for right, _ in changed) - sum(plain)) / len(exams), 4),
-                "lost": [change(exam.question.question) for exam in lost],
-            }
+            num_varied = len(exams) if number <= given.varied else num_varied
+        own = [right for right, _ in answers(client, [(e, e.question.question) for e in exams], given.concurrency)]
+        phrasings = compare_phrasings(client, exams, own, given.per_phrasing, given.concurrency)
+        variants = compare_variants(client, exams[:num_varied], own[:num_varied], given.concurrency)
     return {
         "phrasings": phrasings,
-        "plain": {"right": sum(plain), "asked": len(plain)},
+        "generator": {"right_of_asked": [sum(own), len(own)]},
         "variants": variants,
         "criteria": [
             criterion("held-out phrasings against the generator's own", phrasings["difference"]["all"], -0.05),
@@ -174,10 +179,11 @@ def main() -> None:
     arguments = parser(__doc__, seeds="500-519")
     arguments.add_argument("--chunks", type=int, default=16)
     arguments.add_argument("--per-phrasing", type=int, default=3, help="questions that each phrasing is asked for [3]")
+    arguments.add_argument("--varied", type=int, default=8, help="videos that part two asks about [8]")
     arguments.add_argument("--concurrency", type=int, default=3)
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), given.seeds, given.chunks, given.per_phrasing, given.concurrency)
+        result = run(Path(folder), given)
     phrasings = result["phrasings"]
     rows = {
         kind: [*("{}/{}".format(*phrasings[side][kind]) for side in ("held_out", "generator")), difference]
@@ -186,8 +192,7 @@ def main() -> None:
     print_table("phrasings", ("held out", "own", "difference"), rows)
     print()
     print_criteria(result["criteria"])
-    sizes = {name: getattr(given, name) for name in ("seeds", "chunks", "per_phrasing", "concurrency")}
-    write(circumstances() | sizes | result, given.out)
+    write(circumstances(given) | result, given.out)
 
 
 if __name__ == "__main__":
