@@ -79,7 +79,8 @@ class CosineScorer:
 
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
         query = trace.queries[1:].mean(2).float()
-        keys = torch.stack([chunk.keys[1:].mean(2) for chunk in high], dim=2).float()
+        # A short chunk may have no VST: its sum is 0, and so is its cosine.
+        keys = torch.stack([chunk.keys[1:].sum(2) / max(chunk.num_tokens, 1) for chunk in high], dim=2).float()
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
         cosine = torch.nn.functional.cosine_similarity(query[:, :, None], keys, dim=-1)
         return cosine.mean((0, 1)) / self.temperature

@@ -137,8 +137,8 @@ class VideoXL(VideoModel):
 
     def _plain(self, text: str) -> str:
         """A client's text may name special tokens, but never makes one."""
-        for token in self.tokenizer.all_special_tokens:
-            text = text.replace(token, " ")
+        for token in self.tokenizer.added_tokens_decoder.values():
+            text = text.replace(str(token), " ")
         return text
 
     def _encoder(self) -> FrameEncoder:
