@@ -123,8 +123,7 @@ class Engine:
         they can be known now) and ShuttingDown; then ``on_delta`` is never called.
         """
         options = self._options
-        reload = self._model.spec.default_reload if options.default_reload is None else options.default_reload
-        question = Question(request, on_delta, self._model, max_tokens=options.max_tokens, default_reload=reload)
+        question = Question(request, on_delta, self._model, options)
         video = self._find_video(question)
         manifest = None if video is None else video.manifest
         if manifest is not None:
@@ -297,8 +296,9 @@ class Engine:
 
     def _score(self, question: Question) -> None:
         assert question.lease is not None and question.video is not None
-        question.score(question.lease.kv)
-        if not question.request.generate:
+        if not question.score(question.lease.kv):
+            self._scheduler.postpone(question)
+        elif not question.request.generate:
             self._emit(question, question.finish("stop"))
         elif question.cache is not None:
             question.phase = Phase.PREFILL

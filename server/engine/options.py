@@ -12,13 +12,15 @@ from server.video.reader import VideoLimits
 class EngineOptions:
     """Bounds and policies. None means no bound, or the model's own default.
 
-    ``max_batch`` requests hold a cache and run; ``max_queue`` more may wait. ``prefill_share`` of the engine's time
-    goes to uploads while questions are running as well, and the rest to the questions.
+    ``max_batch`` requests hold a cache and run; ``max_queue`` more may wait. One pass takes at most ``prompt_step``
+    tokens of a prompt, so that a long one holds nobody up. ``prefill_share`` of the engine's time goes to uploads
+    while questions are running as well, and the rest to the questions.
     """
 
     max_batch: int = 16
     max_queue: int = 64
     max_tokens: int = 1024
+    prompt_step: int = 256
     max_concurrent_prefills: int = 2
     prefill_share: float = 0.5
     default_reload: int | None = None

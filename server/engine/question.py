@@ -18,6 +18,7 @@ from kvstore.manifest import Manifest
 from kvstore.resident import HighKV, Lease
 from server.engine.detokenize import Detokenizer, StopStrings
 from server.engine.errors import ContextLengthExceeded
+from server.engine.options import EngineOptions
 from server.engine.request import Delta, Evidence, FinishReason, Outcome, Request
 from server.engine.sampler import Sampler
 from server.engine.video import Video
@@ -49,11 +50,9 @@ class Question:
         request: Request,
         on_delta: Callable[[Delta], None],
         model: VideoModel,
-        *,
-        max_tokens: int,
-        default_reload: int,
+        options: EngineOptions,
     ) -> None:
-        """``max_tokens`` is the ceiling of an answer. Raises ContextLengthExceeded if the prompt alone is too long."""
+        """Raises ContextLengthExceeded if the prompt alone is too long."""
         self.request = request
         self.on_delta = on_delta
         self.phase = Phase.QUEUED
@@ -66,11 +65,13 @@ class Question:
         self.selection = Selection(())
         self.sampler = Sampler(request.params)
         self._model = model
-        self._default_reload = default_reload
+        self._options = options
         asked = request.params.max_tokens
-        self._most_tokens = max_tokens if asked is None else min(asked, max_tokens)
+        self._most_tokens = options.max_tokens if asked is None else min(asked, options.max_tokens)
         self._least_tokens = 1 if asked is None else self._most_tokens
         self._prompt_ids = model.tokenize(request.turns)
+        self._num_read = 0
+        """Tokens of the prompt that the cache in use holds already."""
         self._detokenizer = Detokenizer(model.tokenizer)
         self._stops = StopStrings(request.params.stop)
         self._chunks: tuple[Chunk, ...] = ()
@@ -108,23 +109,32 @@ class Question:
         self._lap()
         self._assemble(prefix, [])
 
-    def score(self, high: HighKV) -> None:
-        """Scores the chunks and selects what to re-load; with nothing to re-load it is ready to answer from the H-KVs.
+    def score(self, high: HighKV) -> bool:
+        """Reads the next piece of the prompt over the H-KVs; with the last one scores the chunks and selects what to
+        re-load, and returns True. With nothing to re-load it is then ready to answer from the H-KVs.
 
         Raises SelectionError, ContextLengthExceeded.
         """
-        self._lap()
         model = self._model
-        # The cache that is scored serves the answer too where nothing is re-loaded.
-        room = len(self._prompt_ids) + self._most_tokens
-        cache = MixedCache(high.prefix, high.chunks, model.rope, room=min(room, model.spec.max_positions))
-        trace = model.trace(self._ids(self._prompt_ids), cache)
+        if self.cache is None:
+            self._lap()
+            # It serves the answer too where nothing is re-loaded.
+            room = len(self._prompt_ids) + self._most_tokens
+            self.cache = MixedCache(high.prefix, high.chunks, model.rope, room=min(room, model.spec.max_positions))
+        cache, piece = self.cache, self._piece()
+        if self._num_read + len(piece) < len(self._prompt_ids):
+            model.forward([Row(self._ids(piece), cache)])
+            self._num_read += len(piece)
+            return False
+        trace = model.trace(self._ids(piece), cache)
+        cache.length, self._num_read = cache.num_mixed, 0
         self._scores = tuple(model.scorer.score(trace, cache, high.chunks, model.rope).tolist())
         self.selection = self._select(self._scores)
         self._max_tokens = self._room(self._sizes.mixed(self.selection))
         self._ms["score"] = self._lap()
-        if not self.selection.chunks:
-            self.cache = cache
+        if self.selection.chunks:
+            self.cache = None
+        return True
 
     def reload(self, high: HighKV, low: Mapping[int, ChunkKV]) -> None:
         """Makes ready to answer: the selected chunks' L-KVs in ``low``, which were read from the store to the CPU, and
@@ -139,13 +149,19 @@ class Question:
         self._ms["reload"] = self._lap()
 
     def row(self) -> Row:
-        """What it puts into the next forward pass: its prompt, or the token drawn last."""
+        """What it puts into the next forward pass: the next piece of its prompt, or the token drawn last."""
         assert self.cache is not None
-        return Row(self._ids(self._prompt_ids if self.phase is Phase.PREFILL else [self._last_token]), self.cache)
+        return Row(self._ids(self._piece() if self.phase is Phase.PREFILL else [self._last_token]), self.cache)
 
     def accept(self, token: int) -> Delta:
-        """Takes the token drawn for :meth:`row`; what the client gets to see of it, and the end if this was it."""
+        """Takes the token drawn for :meth:`row`; what the client gets to see of it, and the end if this was it.
+
+        A token drawn amid the prompt means nothing.
+        """
         if self.phase is Phase.PREFILL:
+            self._num_read += len(self._piece())
+            if self._num_read < len(self._prompt_ids):
+                return Delta()
             self._ms["prefill"] = self._lap()
             self.phase = Phase.DECODE
         if token in self._model.end_ids:
@@ -182,11 +198,17 @@ class Question:
         return min(self._most_tokens, limit - used)
 
     def _select(self, scores: Sequence[float]) -> Selection:
-        return select(scores, self.request.dial, self._chunks, self._sizes, default_reload=self._default_reload)
+        own, models = self._options.default_reload, self._model.spec.default_reload
+        default = models if own is None else own
+        return select(scores, self.request.dial, self._chunks, self._sizes, default_reload=default)
 
     def _assemble(self, prefix: ChunkKV, chunks: Sequence[ChunkKV]) -> None:
         room = len(self._prompt_ids) + self._max_tokens
         self.cache = MixedCache(prefix, chunks, self._model.rope, room=room)
+
+    def _piece(self) -> list[int]:
+        """The next tokens of the prompt, no more than one pass may take: a long one must not hold up the others."""
+        return self._prompt_ids[self._num_read : self._num_read + self._options.prompt_step]
 
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, device=self._model.device)

@@ -12,8 +12,8 @@ from server.engine.question import Phase, Question
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: at most one question is scored, ``rows`` go through one forward pass together (question prefills and
-    decodes alike), and at most one chunk of one upload is prefilled."""
+    """One step: at most one question is read for its scores, ``rows`` go through one forward pass together (prompts
+    and decodes alike), and at most one chunk of one upload is prefilled."""
 
     score: Question | None
     rows: list[Question]
@@ -45,6 +45,10 @@ class Scheduler:
 
     def remove(self, question: Question) -> None:
         self._questions.pop(question.id, None)
+
+    def postpone(self, question: Question) -> None:
+        """Lets the others go first in the next step."""
+        self._questions[question.id] = self._questions.pop(question.id)
 
     def add_ingest(self, ingest: Ingest) -> None:
         self._ingests.append(ingest)

@@ -79,6 +79,27 @@ def test_a_batch_answers_as_each_alone(
     assert len({logits.shape[0] for logits in alone_logits}) == 1
 
 
+@pytest.mark.parametrize("dial", [Dial(), Dial(reload=0)])
+def test_a_long_prompt_is_read_piece_by_piece(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, dial: Dial
+) -> None:
+    """The same answer and scores as in one piece, while short questions are answered between the pieces."""
+    model = fresh_model()
+    long = " ".join(QUESTIONS * 20)
+    whole = drive(model=model, prompt_step=100_000)
+    expected = whole.ask(whole.upload(four_chunks), long, dial=dial)
+    spy = Spy(model)
+    driver = drive(model=model, prompt_step=8)
+    record = driver.upload(four_chunks)
+    answer = driver.start(record, long, dial=dial)
+    short = driver.ask(record, "Where?", max_tokens=2)
+    assert short.finish_reason == "length" and not answer.deltas
+    assert answer.wait().text == expected.text
+    assert answer.outcome.scores == pytest.approx(expected.outcome.scores, abs=1e-5)
+    assert answer.outcome.prompt_tokens == expected.outcome.prompt_tokens
+    assert max(map(len, spy.logits)) <= 8
+
+
 def generate(model: VideoXL, prefix: ChunkKV, chunks: list[ChunkKV], question: str, count: int) -> torch.Tensor:
     """Greedy logits [count, vocab] over one cache, with nothing of the engine in between."""
     cache = MixedCache(prefix, chunks, model.rope, room=200)

@@ -49,6 +49,14 @@ def test_prompts_and_decodes_share_a_pass_and_one_question_is_scored() -> None:
     assert plan.ingest is None
 
 
+def test_a_postponed_question_lets_the_others_go_first() -> None:
+    first, second = Item("a", Phase.SCORE), Item("b", Phase.SCORE)
+    policy = scheduler(first, second)
+    for expected in (first, second, first):
+        assert policy.plan().score is expected
+        policy.postpone(expected)
+
+
 def test_uploads_take_turns() -> None:
     a, b, stalled, ended = Item("a"), Item("b"), Item("c", has_chunk=False), Item("d", ended=True)
     policy = scheduler(ingests=(a, ended, stalled, b))
