@@ -88,12 +88,10 @@ def _in_range(dial: Dial, chunks: Sequence[Chunk]) -> set[int]:
     start_s = 0.0 if dial.start_s is None else dial.start_s
     end_s = float("inf") if dial.end_s is None else dial.end_s
     if start_s >= end_s:
-        raise SelectionError("start_s must lie before end_s", "start_s")
+        raise SelectionError("start_s must lie before end_s", "end_s" if dial.start_s is None else "start_s")
     inside = {chunk.index for chunk in chunks if chunk.overlaps(start_s, end_s)}
     if not inside:
-        raise SelectionError(
-            f"no chunk between {start_s:g} s and {end_s:g} s: the video ends at {chunks[-1].end_s:g} s", "start_s"
-        )
+        raise SelectionError(f"start_s is {start_s:g}, but the video ends at {chunks[-1].end_s:g} s", "start_s")
     return inside
 
 

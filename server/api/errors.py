@@ -79,15 +79,22 @@ def param_name(location: Sequence[int | str]) -> str | None:
 def from_validation(error: ValidationError | RequestValidationError, *, under: str = "") -> ApiError:
     """The 400 for the most deeply located complaint (of a union's branches, the one that came furthest)."""
     first = max(error.errors(), key=lambda entry: len(entry["loc"]))
-    location = [part for part in first["loc"] if part != "body" and not _is_branch(part)]
+    location = [part for part in first["loc"] if not _is_branch(part)]
     if first["type"] == "json_invalid":
         return bad_request("The body is not valid JSON", code="invalid_json")
+    if location == ["body"]:
+        return bad_request("The body must be a JSON object, sent as application/json", code="invalid_body")
+    location = location[location[:1] in (["body"], ["path"], ["query"]) :]
     param = param_name(location)
     if under:
         param = f"{under}.{param}" if param else under
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "missing":
         return bad_request(f"{param or 'A field'} is missing", param=param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"{param} is unknown", param=param, code="unknown_parameter")
+    if first["type"] == "too_short":
+        return bad_request(f"{param} is empty", param=param, code="invalid_value")
     return bad_request(f"{param}: {message}" if param else message, param=param, code="invalid_value")
 
 

@@ -20,6 +20,7 @@ _HEADERS = {
 }
 
 
+@router.head("/")
 @router.get("/")
 async def page() -> Response:
     """The page."""

@@ -12,7 +12,13 @@ from server.cli import ask, demo, files, make_video, serve
 from server.cli.client import ServerError
 from server.config import SettingsError
 
-app = typer.Typer(name="x2l", help="Ask long videos questions.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="x2l",
+    help="Ask long videos questions.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # in a box of 80 columns, half of what x2l serve --help has to say would be cut off
+)
 serve.add_to(app)
 files.add_to(app)
 ask.add_to(app)
@@ -29,7 +35,10 @@ def main() -> None:
     except (ServerError, SettingsError, OSError) as error:
         fail(str(error))
     except httpx.HTTPError as error:
-        fail(f"cannot talk to the server: {error or type(error).__name__}")
+        url = error.request.url
+        fail(f"cannot talk to the server at {url.scheme}://{url.netloc.decode()}: {error or type(error).__name__}")
+    except httpx.InvalidURL as error:
+        fail(f"not a server address: {error}")
 
 
 def fail(message: str) -> None:

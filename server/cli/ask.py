@@ -35,7 +35,10 @@ def ask(
     base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key: ApiKey = "",
 ) -> None:
-    """Asks a question about an uploaded video: the answer as it comes, then the evidence."""
+    """Asks a question about an uploaded video.
+
+    Prints the answer as it comes, then the evidence.
+    """
     dials = {
         "reload": reload,
         "budget_tokens": budget_tokens,

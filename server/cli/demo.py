@@ -29,7 +29,11 @@ def add_to(app: typer.Typer) -> None:
 
 
 def demo() -> None:
-    """Makes a synthetic video, serves it on a free port and asks three questions. On a terminal the server stays up."""
+    """Makes a video, serves it, asks three questions.
+
+    The video is synthetic, the port a free one, the store temporary. On a terminal the server stays up until Ctrl-C;
+    otherwise the exit code is 0 only if all answers were right.
+    """
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server and files go
     with tempfile.TemporaryDirectory(prefix="x2l-demo-") as folder:

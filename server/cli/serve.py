@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ByteSize
 
 from kvstore.errors import StoreError
 from server.config import Settings, SettingsError, load_settings
@@ -75,6 +76,8 @@ def _with_setting_options(command: Callable[..., None]) -> Callable[..., None]:
             kind, flag = bool | None, f"{flag}/--no-{name.replace('_', '-')}"
         elif isinstance(default, tuple):
             kind = list[str] | None
+        if isinstance(default, ByteSize):
+            default = default.human_readable(decimal=default % 1000 == 0)
         shown = "" if default in (None, ()) or field.default_factory else f" [default: {default}]"
         option = typer.Option(flag, help=f"{field.description}{shown}", metavar=name.upper(), show_default=False)
         parameters.append(

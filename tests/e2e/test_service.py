@@ -29,6 +29,9 @@ def test_models(client: openai.OpenAI) -> None:
 def test_health_ready_metrics_and_docs(live: Live) -> None:
     assert httpx.get(f"{live.url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{live.url}/ready").status_code == 200
+    for path in ("/", "/health", "/ready"):
+        head = httpx.head(live.url + path)
+        assert (head.status_code, head.content) == (200, b"")
     assert "x2l_requests_in_flight" in httpx.get(f"{live.url}/metrics").text
     assert httpx.get(f"{live.url}/docs").status_code == 200
     paths = httpx.get(f"{live.url}/openapi.json").json()["paths"]
