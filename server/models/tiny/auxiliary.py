@@ -59,7 +59,8 @@ def memory_reading(head: ReadingHead, layout: Layout, x: Tensor, targets: Tensor
     ends_frame = (stop > start) & (stop % _TOKENS == 0) & (stop - start <= _TOKENS)
     frame = (stop - 1).clamp(min=0) // _TOKENS
     known = x[:, layout.memory_index].flatten(0, 1)
-    return head(known, targets[:, frame].flatten(0, 1), ends_frame.float().repeat(len(x)))
+    loss, right = head(known, targets[:, frame].flatten(0, 1), ends_frame.float().repeat(len(x)))
+    return loss, right
 
 
 def retrieval_spans(script: Script, asked: Questions, chunks: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +116,7 @@ def retrieval_loss(
         token = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
         q, _, _ = layer.self_attn.plain(layer.input_layernorm(token))
         q = rope.rotate(q, tables.cos[at][:, None], tables.sin[at][:, None]).float()
-        logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[-1] ** 0.5
+        logits: Tensor = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[-1] ** 0.5
         low, high = layout.query_low[at][:, None, :, None], layout.query_high[at][:, None, :, None]
         return logits.masked_fill((owner < low) | (owner >= high), -1e4).log_softmax(-1)
 

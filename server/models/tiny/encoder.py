@@ -63,7 +63,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, seconds: Tensor) -> Tensor:
         """int64 [n] -> [n, size]."""
         digits = torch.stack([seconds // 600 % 10, seconds // 60 % 10, seconds % 60 // 10, seconds % 10], -1)
-        return self.digits(digits + 10 * torch.arange(4, device=seconds.device)).sum(-2)
+        out: Tensor = self.digits(digits + 10 * torch.arange(4, device=seconds.device)).sum(-2)
+        return out
 
 
 class TinyEncoder(nn.Module):

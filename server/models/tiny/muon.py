@@ -32,7 +32,7 @@ class Muon:
         self, parameters: Iterable[nn.Parameter], *, momentum: float = 0.95, weight_decay: float = 0.02
     ) -> None:
         self.momentum, self.weight_decay = momentum, weight_decay
-        self._groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        self._groups: dict[tuple[int, ...], list[Tensor]] = {}
         for parameter in parameters:
             self._groups.setdefault(tuple(parameter.shape), []).append(parameter)
         self._buffers = {

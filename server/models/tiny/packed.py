@@ -140,7 +140,8 @@ class Layout:
                     next_vst += len(stays)
                 at = slice(kept, kept + len(stays))
                 index[at], rank[at], owner[at] = stays, start + np.arange(len(stays)), chunk
-                covers[:, at] = chunk * tokens + ratios[chunk] * (np.arange(len(stays)) + [[0], [1]])
+                covers[0, at] = chunk * tokens + ratios[chunk] * np.arange(len(stays))
+                covers[1, at] = covers[0, at] + ratios[chunk]
                 kept, start = at.stop, start + len(stays)
             for row in range(video * rows, (video + 1) * rows):
                 blind = row >= shape.num_rows - num_blind

@@ -11,6 +11,11 @@ from server.models.tiny.packed import Shape
 from server.models.tiny.questions import FINAL_MIX
 
 RATIOS = (2, 4, 8, 16, 32, 64)
+CODES_MIX: Mapping[str, float] = {
+    "code": 0.50, "exist": 0.05, "order": 0.08, "count": 0.05, "time": 0.07, "object": 0.07, "multi": 0.06,
+    "rev": 0.02, "atcode": 0.05, "describe": 0.01, "refuse": 0.03, "greeting": 0.01,
+}  # fmt: skip
+"""Half of the questions about codes: they are what is learnt last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,13 @@ class Recipe:
     level: int = 0
     phrasings: int = 3000
     mix: Mapping[str, float] = field(default_factory=lambda: dict(FINAL_MIX))
+
+
+STAGES: Mapping[str, Recipe] = {
+    "1-codes": Recipe(steps=9_000, mix=CODES_MIX),
+    "2-all": Recipe(steps=5_000, seed=1_000_002, level=2, muon_lr=2e-3, adam_lr=1e-3, hold=0.3, fade=0.1),
+}
+"""What ``python -m server.models.tiny.train`` runs, each stage from the weights of the one before."""
 
 
 def draw_ratios(rng: np.random.Generator, recipe: Recipe, level: Level, shape: Shape) -> list[int]:

@@ -1,7 +1,8 @@
 """Trains the bundled model: ``python -m server.models.tiny.train --out FOLDER``, on one CUDA device.
 
-Run again with the same folder it resumes at its last checkpoint. Writes ``checkpoint.pt``, ``model.safetensors``
-(fp16) and ``train.jsonl``: a line per report with the accuracy per question type, video length and ratio.
+Runs all stages of the recipe; with the same folder again it resumes at the last checkpoint. Every stage writes
+``checkpoint.pt``, ``model.safetensors`` (fp16) and ``train.jsonl``: a line per report with the accuracy per question
+type, video length and ratio.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from server.models.tiny.model import TinyModules, read_config
 from server.models.tiny.muon import Muon
 from server.models.tiny.packed import Layout, Shape, Tables, embed, packed_layer
 from server.models.tiny.questions import MAX_ROW, TYPES, QuestionBank, Questions
-from server.models.tiny.recipe import LEVELS, Recipe, draw_gaps, draw_ratios
+from server.models.tiny.recipe import LEVELS, STAGES, Recipe, draw_gaps, draw_ratios
 from server.models.tiny.render import HEIGHT, WIDTH, render
 from server.models.tiny.report import Report
 from server.models.tiny.world import CHUNK_TICKS, Script, sample_scripts, training_generator
@@ -86,7 +87,8 @@ class Trainer:
         self.modules.encoder.convs.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.frame_head = ReadingHead(config.hidden_size * TinyEncoder.TOKENS_PER_FRAME).to(device)
         self.memory_head = ReadingHead(config.hidden_size).to(device)
-        matrices, self.others = [], [*self.frame_head.parameters(), *self.memory_head.parameters()]
+        matrices: list[nn.Parameter] = []
+        self.others = [*self.frame_head.parameters(), *self.memory_head.parameters()]
         for name, parameter in self.modules.named_parameters():
             inner = name.startswith(("decoder.layers", "encoder.blocks", "encoder.projector"))
             (matrices if inner and parameter.dim() == 2 else self.others).append(parameter)
@@ -112,9 +114,9 @@ class Trainer:
             self._block_mask = torch.compile(create_block_mask)
 
     def _draw_now(self, script: Script) -> Tensor:
-        flat = (t.flatten(0, 1) for t in (script.codes, script.plates, script.looks))
+        codes, plates, looks = script.codes.flatten(0, 1), script.plates.flatten(0, 1), script.looks.flatten(0, 1)
         # One sample a pixel at twice the size, averaged: a quarter of the graph of four samples a pixel.
-        large = render(script.objects.flatten(), *flat, width=2 * WIDTH, height=2 * HEIGHT, samples=1)
+        large = render(script.objects.flatten(), codes, plates, looks, width=2 * WIDTH, height=2 * HEIGHT, samples=1)
         frames = degrade(functional.avg_pool2d(large, 2))
         return frames.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
@@ -190,11 +192,14 @@ class Trainer:
                     known = targets.view(recipe.batch, -1, targets.shape[-1])
                     losses["keeping"], losses["kept"] = memory_reading(self.memory_head, self.layout, x, known)
                     if 1 not in ratios:
+                        spans = (chunk_spans, moment_spans)
                         losses["to_chunk"], losses["to_moment"] = retrieval_loss(
-                            layer, x, self.layout, tables, self.rope, asked.answer, asked.types, chunk_spans, moment_spans
-                        )  # fmt: skip
+                            layer, x, self.layout, tables, self.rope, asked.answer, asked.types, *spans
+                        )
                 x = self._layer(layer, x, tables, self.layout.memory_index, mask)
-            text = x[:, shape.rows_start : shape.prefix_start].unflatten(1, (shape.num_rows, shape.row_tokens))
+            text = x[:, shape.rows_start : shape.prefix_start].reshape(
+                recipe.batch, shape.num_rows, shape.row_tokens, -1
+            )
             logits = self.modules.decoder.logits(text)[:, :, :-1]
         goal, learn = asked.ids[:, :, 1:], asked.answer[:, :, 1:]
         entropy = functional.cross_entropy(logits.flatten(0, 2), goal.flatten(), reduction="none").view(goal.shape)
@@ -203,7 +208,7 @@ class Trainer:
         loss = losses["answer"] + recipe.reading_weight * fade * (losses["reading"] + losses["keeping"])
         if "to_chunk" in losses:
             loss = loss + recipe.retrieval_weight * (losses["to_chunk"] + fade * losses["to_moment"])
-        loss.backward()
+        torch.autograd.backward(loss)
         self._update()
         with torch.no_grad():
             right = ((logits.argmax(-1) == goal) | ~learn).all(-1)
@@ -303,21 +308,29 @@ class Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the run; resumed where it holds a checkpoint"
-    )
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop (resumable) after this long")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; resumed where it holds checkpoints")
+    parser.add_argument("--stage", choices=STAGES, help="this stage alone")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop (resumable) each stage after this long")
     parser.add_argument("--fit", action="store_true", help="choose the number of steps that fills --minutes")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the recipes"
+    )
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     changes = {name: json.loads(value) for name, value in (item.split("=", 1) for item in options.set)}
-    trainer = Trainer(Recipe(**changes), options.out, torch.device(options.device))
-    if (options.out / "checkpoint.pt").exists():
-        trainer.resume()
-    done = trainer.run(options.minutes, options.fit)
-    trainer.report.write(options.out, {"done": done, "step": trainer.step})
+    init = ""
+    for name in [options.stage] if options.stage else STAGES:
+        out = options.out / name
+        out.mkdir(parents=True, exist_ok=True)
+        recipe = replace(STAGES[name], **({"init": init} | changes))
+        trainer = Trainer(recipe, out, torch.device(options.device))
+        if (out / "checkpoint.pt").exists():
+            trainer.resume()
+        done = trainer.run(options.minutes, options.fit)
+        trainer.report.write(out, {"done": done, "step": trainer.step})
+        if not done:
+            break
+        init = str(out / "model.safetensors")
 
 
 if __name__ == "__main__":
