@@ -75,7 +75,7 @@ def require_model(services: Services, name: str) -> None:
 def _sampling_params(body: ChatRequest, services: Services) -> SamplingParams:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stop) > _MAX_STOPS or not all(stop):
-        raise bad_request(f"stop takes at most {_MAX_STOPS} texts, none empty", param="stop", code="invalid_value")
+        raise bad_request(f"stop takes at most {_MAX_STOPS} texts, none empty", param="stop")
     asked = body.max_completion_tokens or body.max_tokens
     ceiling = services.settings.max_tokens
     default = services.spec.temperature
@@ -94,7 +94,7 @@ def _dial(body: ChatRequest, conversation: Conversation) -> Dial:
         return Dial()
     asked = body.x2l.model_dump(exclude_none=True)
     if asked and conversation.video is None:
-        raise bad_request("x2l needs a video in the messages", param="x2l", code="invalid_value")
+        raise bad_request("x2l needs a video in the messages", param="x2l")
     if "chunks" in asked:
         asked["chunks"] = tuple(asked["chunks"])
     return Dial(**asked)
@@ -108,7 +108,6 @@ async def _file_id(body: ChatRequest, conversation: Conversation, services: Serv
             raise bad_request(
                 "media_io_kwargs applies to videos inside the request; a stored one was sampled at its upload",
                 param="media_io_kwargs.video",
-                code="invalid_value",
             )
         return video.location if video else None
     sampling = services.sampling(

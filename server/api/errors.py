@@ -47,7 +47,7 @@ class ApiError(HTTPException):
         return JSONResponse(self.body(), self.status_code, headers=self.headers)
 
 
-def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+def bad_request(message: str, *, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """A 400."""
     return ApiError(400, message, param=param, code=code)
 
@@ -94,8 +94,8 @@ def from_validation(error: ValidationError | RequestValidationError, *, under: s
     if first["type"] == "extra_forbidden":
         return bad_request(f"{param} is unknown", param=param, code="unknown_parameter")
     if first["type"] == "too_short":
-        return bad_request(f"{param} is empty", param=param, code="invalid_value")
-    return bad_request(f"{param}: {message}" if param else message, param=param, code="invalid_value")
+        return bad_request(f"{param} is empty", param=param)
+    return bad_request(f"{param}: {message}" if param else message, param=param)
 
 
 def _is_branch(part: int | str) -> bool:

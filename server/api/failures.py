@@ -43,7 +43,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, SelectionError):
-        return bad_request(str(error), param=f"x2l.{error.param}", code="invalid_value")
+        return bad_request(str(error), param=f"x2l.{error.param}")
     if isinstance(error, ContextLengthExceeded | PositionLimitError):
         return bad_request(str(error), param="messages", code="context_length_exceeded")
     if isinstance(error, FileNotFound):

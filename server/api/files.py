@@ -182,7 +182,7 @@ async def relevance(
 ) -> Relevance:
     """How relevant each chunk is to a question; nothing is generated."""
     if not body.question.strip():
-        raise bad_request("question is empty", param="question", code="invalid_value")
+        raise bad_request("question is empty", param="question")
     request = Request(
         id=f"relevance-{uuid.uuid4().hex}",
         turns=(Turn("user", body.question),),
@@ -264,7 +264,7 @@ def _library_options(services: Services, fields: Mapping[str, str]) -> dict[str,
     if purpose is None:
         raise bad_request("purpose is missing", param="purpose", code="missing_required_parameter")
     if purpose not in _PURPOSES:
-        raise bad_request(f"purpose must be {' or '.join(_PURPOSES)}", param="purpose", code="invalid_value")
+        raise bad_request(f"purpose must be {' or '.join(_PURPOSES)}", param="purpose")
     fps = fields.get("fps")
     max_frames = fields.get("max_frames")
     sampling = services.sampling(
@@ -294,12 +294,12 @@ def _number(text: str, param: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise bad_request(f"{param} must be a number", param=param, code="invalid_value") from None
+        raise bad_request(f"{param} must be a number", param=param) from None
 
 
 def _integer(text: str, param: str) -> int:
     if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
-        raise bad_request(f"{param} must be a whole number", param=param, code="invalid_value")
+        raise bad_request(f"{param} must be a whole number", param=param)
     return int(text)
 
 

@@ -113,7 +113,7 @@ def _copy_local(services: Services, source: VideoSource, target: Path) -> str:
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
-            raise bad_request("Not a regular file with content", param=source.param, code="invalid_value")
+            raise bad_request("Not a regular file with content", param=source.param)
         if found.st_size > settings.max_upload_bytes:
             raise ApiError(413, f"The file is larger than {settings.max_upload_bytes} bytes", param=source.param)
         with os.fdopen(handle, "rb", closefd=False) as file, target.open("wb") as copy:

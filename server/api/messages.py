@@ -121,7 +121,7 @@ def _from_reference(reference: VideoReference, at: str) -> VideoSource:
     named = {"file_id": reference.file_id, "file_data": reference.file_data, "url": reference.url}
     given = [(name, value) for name, value in named.items() if value is not None]
     if len(given) != 1:
-        raise bad_request(f"{at} needs exactly one of file_id, file_data and url", param=at, code="invalid_value")
+        raise bad_request(f"{at} needs exactly one of file_id, file_data and url", param=at)
     name, value = given[0]
     source = VideoSource(value, reference.filename or "", f"{at}.{name}")
     if name == "file_id" and not source.is_stored:

@@ -150,12 +150,12 @@ class _Form:
         filename = options.get(b"filename")
         if name == "file":
             if self._filename is not None:
-                raise bad_request("file stands twice in the form", param="file", code="invalid_value")
+                raise bad_request("file stands twice in the form", param="file")
             self._filename = (filename or b"").decode("utf-8", "replace") or "video"
             self._field = None
             return
         if filename is not None or not name or name in self._fields or len(self._fields) >= _MAX_FIELDS:
-            raise bad_request(f"Unexpected form part {name[:80]!r}", param=name[:80] or None, code="invalid_value")
+            raise bad_request(f"Unexpected form part {name[:80]!r}", param=name[:80] or None)
         self._field = name
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -167,7 +167,7 @@ class _Form:
         else:
             self._value += data[start:end]
             if len(self._value) > _MAX_FIELD_BYTES:
-                raise bad_request(f"{self._field[:80]} is too long", param=self._field[:80], code="invalid_value")
+                raise bad_request(f"{self._field[:80]} is too long", param=self._field[:80])
 
     def _on_part_end(self) -> None:
         if self._field is not None:
