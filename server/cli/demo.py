@@ -82,7 +82,8 @@ def _ask(client: httpx.Client, file_id: str, question: dict[str, Any], console: 
     text, evidence = stream_answer(client, file_id, question["question"], {"max_tokens": MAX_TOKENS})
     right = is_right(question["type"], question["answer"], text)
     console.print(f"{'right' if right else 'WRONG'}: the truth is {question['answer']!r}, ", end="")
-    console.print(f"shown from {clock(question['start_s'])} to {clock(question['end_s'])}", highlight=False)
+    start, end = clock(question["start_s"]), clock(question["end_s"])
+    console.print(f"shown at {start}" if start == end else f"shown from {start} to {end}", highlight=False)
     print_evidence(evidence, console)
     return right
 
