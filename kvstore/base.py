@@ -6,10 +6,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvstore import envelope
-from kvstore.errors import InvalidKey, InvalidStoreURL
+from kvstore.errors import InvalidKey
 
 Data = bytes | bytearray | memoryview
 
@@ -104,24 +103,3 @@ def _checked(key: str) -> str:
     if not _KEY.fullmatch(key) or len(key) > _MAX_KEY or max(map(len, key.split("/"))) > _MAX_SEGMENT:
         raise InvalidKey(f"not a key: {key[:80]!r}")
     return key
-
-
-def open_store(url: str) -> Store:
-    """Opens ``memory://`` or ``disk:PATH`` (``~`` is the home folder; the folder is made if missing).
-
-    Raises InvalidStoreURL, and StoreUnavailable when the store cannot be opened.
-    """
-    from kvstore.disk import DiskStore
-    from kvstore.memory import MemoryStore
-
-    known = "known stores: memory:// and disk:PATH"
-    scheme, colon, rest = url.partition(":")
-    if not colon:
-        raise InvalidStoreURL(f"no scheme in the store URL ({known})")
-    if scheme == "memory" and rest == "//":
-        return MemoryStore()
-    if scheme == "disk" and rest and not rest.startswith("//"):
-        return DiskStore(Path(rest).expanduser())
-    if scheme in ("redis", "rediss"):
-        raise InvalidStoreURL(f"{scheme}:// stores are not supported yet ({known})")
-    raise InvalidStoreURL(f"not a store URL of scheme {scheme[:20]!r} ({known})")

@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from kvstore.base import Store, open_store
+from kvstore.base import Store
+from kvstore.open import open_store
 from server.api import chat, errors, failures, files, health, models, playground
 from server.api.context import Services
 from server.api.middleware import Auth, BodyLimit, RequestId

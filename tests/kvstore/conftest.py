@@ -10,9 +10,10 @@ import torch
 
 from compression.chunk import Chunk
 from compression.kv import ChunkKV, Level
-from kvstore.base import Store, open_store
+from kvstore.base import Store
 from kvstore.key import Fingerprint, KVKey
 from kvstore.manifest import ChunkRecord, Manifest
+from kvstore.open import open_store
 from kvstore.resident import HighKV
 from kvstore.video import VideoStore
 

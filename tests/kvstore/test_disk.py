@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.base import open_store
 from kvstore.disk import DiskStore
 from kvstore.errors import CorruptBlob, FormatVersionError, InvalidStoreURL, StoreFull, StoreUnavailable
+from kvstore.open import open_store
 
 ROOT = Path(__file__).parents[2]
 

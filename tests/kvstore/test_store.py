@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvstore import envelope
-from kvstore.base import open_store
 from kvstore.errors import CorruptBlob, FormatVersionError, InvalidKey, InvalidStoreURL, StoreError
+from kvstore.open import open_store
 
 on_one_store = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 

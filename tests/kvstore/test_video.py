@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kvstore import envelope
-from kvstore.base import open_store
 from kvstore.errors import CorruptBlob, FormatVersionError, MissingBlob
 from kvstore.manifest import Manifest
+from kvstore.open import open_store
 from kvstore.video import VideoStore
 
 
