@@ -15,7 +15,6 @@ def open_store(url: str) -> Store:
 
     Raises InvalidStoreURL, and StoreUnavailable when the store cannot be opened.
     """
-
     known = "known stores: memory:// and disk:PATH"
     scheme, colon, rest = url.partition(":")
     if not colon:
