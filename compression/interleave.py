@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def interleave(num_visual: int, ratio: int, carry: int) -> tuple[Tensor, int]:
+def interleave(num_visual: int, ratio: int, carry: int, *, close: bool = False) -> tuple[Tensor, int]:
     """Inserts one VST after every ``ratio``-th visual token, counting on from ``carry`` uncounted tokens before.
+
+    With ``close`` the window ends with a VST, so that none of its tokens is lost; the new carry is then 0.
 
     Returns a bool mask over the window (True where a VST stands), ``[num_visual + num_vst]``, and the new carry. A
     carry at or past a new, smaller ratio puts a VST behind the next visual token and starts the count again.
@@ -16,4 +18,7 @@ def interleave(num_visual: int, ratio: int, carry: int) -> tuple[Tensor, int]:
     after = torch.arange(min(first, num_visual + 1), num_visual + 1, ratio)
     is_vst = torch.zeros(num_visual + len(after), dtype=torch.bool)
     is_vst[after + torch.arange(len(after))] = True
-    return is_vst, num_visual - int(after[-1]) if len(after) else carry + num_visual
+    left = num_visual - int(after[-1]) if len(after) else carry + num_visual
+    if close and left:
+        return torch.nn.functional.pad(is_vst, (0, 1), value=True), 0
+    return is_vst, left

@@ -189,8 +189,8 @@ class VideoXLPrefill:
         if ratio == 1:
             window, is_vst = features, None
         else:
-            carry = state.carry if model.compression.carry == "across" else 0
-            is_vst, state.carry = interleave(len(features), ratio, carry)
+            reset = model.compression.carry == "reset"
+            is_vst, state.carry = interleave(len(features), ratio, state.carry, close=reset)
             is_vst = is_vst.to(features.device)
             window = features.new_empty((len(is_vst), features.shape[1]))
             window[~is_vst] = features

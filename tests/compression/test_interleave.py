@@ -31,3 +31,11 @@ def test_the_carry_makes_chunk_borders_invisible(sizes: list[int], ratio: int) -
         mask, carry = interleave(size, ratio, carry)
         total += int(mask.sum())
     assert (total, carry) == divmod(sum(sizes), ratio)
+
+
+@given(num_visual=st.integers(0, 200), ratio=st.integers(1, 40))
+def test_a_closed_window_ends_with_a_vst_and_carries_nothing(num_visual: int, ratio: int) -> None:
+    mask, carry = interleave(num_visual, ratio, 0, close=True)
+    assert carry == 0
+    assert int(mask.sum()) == -(-num_visual // ratio)
+    assert num_visual == 0 or bool(mask[-1])

@@ -26,16 +26,21 @@ VOCAB_SIZE = 1024
 BLANK = "▁"
 FOLDER = Path(__file__).parent
 
-# One user or assistant turn after the video; the first turn's <user> belongs to the prefix.
+# What follows the video: system texts and the last question. The first turn's <user> belongs to the prefix. Earlier
+# questions and their answers are left out: the model has not learnt dialogues, and they lead it astray.
 CHAT_TEMPLATE = (
-    "{%- set state = namespace(open=true) -%}"
+    "{%- set state = namespace(answered=-1) -%}"
+    "{%- for message in messages[:-1] -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- set state.answered = loop.index0 -%}{%- endif -%}"
+    "{%- endfor -%}"
     "{%- for message in messages -%}"
+    "{%- if loop.index0 > state.answered or message['role'] == 'system' -%}"
     "{%- if message['content'] is string -%}{%- set text = message['content'] -%}"
     "{%- else -%}{%- set text = message['content'] | selectattr('type', 'equalto', 'text')"
     " | map(attribute='text') | join(' ') -%}{%- endif -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- '<assistant>' + text + '<end>' -}}{%- set state.open = false -%}"
-    "{%- else -%}{%- if not state.open -%}{{- '<user>' -}}{%- set state.open = true -%}{%- endif -%}"
-    "{{- text + ' ' -}}{%- endif -%}"
+    "{%- if message['role'] == 'assistant' -%}{{- '<assistant>' + text + '<end>' -}}"
+    "{%- else -%}{{- text + ' ' -}}{%- endif -%}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
 )
