@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from common import Tally, Video, circumstances, criterion, make_videos, parser, print_criteria, print_table, write
 from live_server import Job, Reply, ask_all, serving, upload
 from openai import OpenAI
@@ -26,7 +27,7 @@ from server.bench.grade import is_right
 
 TYPES = ("code", "exist", "order", "time", "object", "count", "multi")
 RELOADS = (0, 1, 2, 3, 4, 6)
-UNIFORM_RATIOS = (4, 8, 16)
+UNIFORM_RATIOS = (4, 8, 16)  # the bundled model is trained at these; at odd ones it does worse than their tokens allow
 RANKS = (1, 2, 3)
 
 Asked = Sequence[tuple[Video, dict[str, Any]]]
@@ -114,6 +115,13 @@ def matching_ratios(files: Mapping[Path, Any], replies: Sequence[Reply]) -> list
     return [int(ratio), int(ratio) + 1]
 
 
+def uniform_code(ways: Mapping[str, Any], kv_tokens: float) -> float:
+    """Accuracy on code that uniform compression would have at ``kv_tokens``: linear between the trained ratios."""
+    points = [ways[f"uniform {ratio}"] for ratio in reversed(UNIFORM_RATIOS)]
+    tokens, codes = ([point[name] for point in points] for name in ("kv_tokens_mean", "code"))
+    return float(np.interp(kv_tokens, tokens, codes))
+
+
 def run(videos: Sequence[Video], concurrency: int) -> dict[str, Any]:
     asked = [(video, question) for video in videos for question in video.questions]
     codes = [(video, question) for video, question in asked if question["type"] == "code"]
@@ -136,6 +144,8 @@ def run(videos: Sequence[Video], concurrency: int) -> dict[str, Any]:
             files = upload(client, videos)
             note(f"uniform {ratio}", run_way(client, files, asked, "reload 0", concurrency))
     guessed = grade(codes, blind).share()
+    over_matching = ways["default"]["code"] - ways[f"uniform {matching[0]}"]["code"]
+    over_trained = ways["default"]["code"] - uniform_code(ways, ways["default"]["kv_tokens_mean"])
     return {
         "ways": ways,
         "matching_ratio": matching[0],
@@ -147,11 +157,8 @@ def run(videos: Sequence[Video], concurrency: int) -> dict[str, Any]:
             criterion("default, code", ways["default"]["code"], 0.95),
             criterion("mode low, all questions", ways["mode low"]["accuracy"], 0.97),
             criterion("default over reload 0, code", ways["default"]["code"] - ways["reload 0"]["code"], 0.25),
-            criterion(
-                f"default over uniform ratio {matching[0]}, code",
-                ways["default"]["code"] - ways[f"uniform {matching[0]}"]["code"],
-                0.15,
-            ),
+            criterion(f"default over uniform ratio {matching[0]}, code", over_matching, 0.15),
+            criterion("default over uniform 4 to 16, interpolated at its KV tokens, code", over_trained, 0.15),
             criterion("first evidence chunk overlaps the true span, code", first_evidence(asked, default), 0.90),
             criterion("codes not guessed without the video", 1 - guessed, 1.0),
         ],
