@@ -94,13 +94,16 @@ def test_the_stream_on_the_wire(live: Live, file_id: str) -> None:
     assert datas[-1]["choices"][0]["finish_reason"] in ("stop", "length")
 
 
-def test_many_turns_with_the_video_in_the_first(client: openai.OpenAI, file_id: str) -> None:
-    messages = [{"role": "system", "content": "Be brief."}, *ask(file_id)]
+def test_many_turns_with_the_video_in_the_first(client: openai.OpenAI, file_id: str, video: Path) -> None:
+    exam = json.loads(video.with_suffix(".json").read_text())["questions"]
+    code, time = (next(one for one in exam if one["type"] == kind) for kind in ("code", "time"))
+    messages = [{"role": "system", "content": "Be brief."}, *ask(file_id, code["question"])]
     first = complete(client, messages)
     messages.append(first.choices[0].message.to_dict())
-    messages.append({"role": "user", "content": "And the blue moon?"})
+    messages.append({"role": "user", "content": time["question"]})
     second = complete(client, messages)
-    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+    assert first.choices[0].message.content == code["answer"]
+    assert second.choices[0].message.content == time["answer"]
     assert x2l(second)["file_id"] == file_id
 
 
