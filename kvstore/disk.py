@@ -126,7 +126,7 @@ class DiskStore(Store):
                 _make_dirs(path.parent)
                 aside.replace(path)
                 break
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):  # the folder went while it was made or found there
                 if attempt == _PLACE_ATTEMPTS:
                     raise
         with suppress(FileNotFoundError):  # deleted again already, with its folder
