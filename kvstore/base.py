@@ -75,6 +75,21 @@ class Store(ABC):
         """Bytes held under ``prefix``."""
         return sum(stat.nbytes for stat in map(self._stat, self.keys(prefix)) if stat is not None)
 
+    def acquire_lock(self, name: str, owner: str, ttl_s: float) -> bool:
+        """Takes the lock ``name`` for ``owner`` until ``ttl_s`` seconds from now; False while somebody else holds it.
+
+        Whoever holds it already renews it by the same call. A lock that is not renewed in time lapses, and anybody may
+        take it: it keeps work from being done twice at the same time, but what it guards must bear that all the same.
+        ``owner`` is a text that nobody else uses, such as a UUID; ``name`` is written as a key, and is none.
+        """
+        if not (owner and ttl_s > 0):
+            raise ValueError("a lock needs an owner and a time to live")
+        return self._acquire_lock(_checked(name), owner, ttl_s)
+
+    def release_lock(self, name: str, owner: str) -> bool:
+        """Gives the lock back; False, with nothing done, unless ``owner`` still holds it."""
+        return self._release_lock(_checked(name), owner)
+
     @abstractmethod
     def close(self) -> None:
         """Lets go of everything held open. No call may follow, except another close."""
@@ -97,6 +112,12 @@ class Store(ABC):
 
     @abstractmethod
     def _keys(self, prefix: str) -> Iterator[str]: ...
+
+    @abstractmethod
+    def _acquire_lock(self, name: str, owner: str, ttl_s: float) -> bool: ...
+
+    @abstractmethod
+    def _release_lock(self, name: str, owner: str) -> bool: ...
 
 
 def _checked(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The kept bytes of video files: in parts, committed by a manifest, readable by range."""
+"""The bytes of files in a store: in parts, committed by a manifest, readable by range."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from kvstore.base import Store
 from kvstore.errors import CorruptBlob, MissingBlob
-from kvstore.key import ContentKey
 
 PART_NBYTES = 8_000_000
 """A value that every store takes well; a network store dislikes much larger ones."""
@@ -20,6 +19,18 @@ class Readable(Protocol):
     """A file opened for reading bytes."""
 
     def read(self, nbytes: int, /) -> bytes: ...
+
+
+class FileKey(Protocol):
+    """Where the blobs of one file lie: a ContentKey, or a PartKey."""
+
+    @property
+    def root(self) -> str: ...
+
+    @property
+    def manifest(self) -> str: ...
+
+    def part(self, index: int, /) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +45,7 @@ _ADAPTER = TypeAdapter(_ContentManifest)
 class Content:
     """The kept bytes of one file: ``nbytes`` of them."""
 
-    def __init__(self, store: Store, key: ContentKey, manifest: _ContentManifest) -> None:
+    def __init__(self, store: Store, key: FileKey, manifest: _ContentManifest) -> None:
         self._store = store
         self._key = key
         self._part_nbytes = manifest.part_nbytes
@@ -59,12 +70,12 @@ class Content:
 
 
 class ContentStore:
-    """Video files in a Store, by content and tenant, and as thread-safe as the store."""
+    """Files in a Store, as thread-safe as the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def put(self, key: ContentKey, file: Readable) -> None:
+    def put(self, key: FileKey, file: Readable) -> None:
         """Keeps what ``file`` yields until its end; on an error only what was kept before. Raises StoreFull."""
         try:
             nbytes = index = 0
@@ -80,7 +91,7 @@ class ContentStore:
                 self.delete(key)
             raise
 
-    def get(self, key: ContentKey) -> Content | None:
+    def get(self, key: FileKey) -> Content | None:
         """None unless the file is kept. Raises CorruptBlob, FormatVersionError."""
         data = self._store.get(key.manifest)
         if data is None:
@@ -91,11 +102,11 @@ class ContentStore:
             raise CorruptBlob(f"{key.manifest} is not a manifest: {error}") from error
         return Content(self._store, key, manifest)
 
-    def touch(self, key: ContentKey) -> None:
+    def touch(self, key: FileKey) -> None:
         """Records a use of the file, for the quota."""
         self._store.touch(key.manifest)
 
-    def delete(self, key: ContentKey) -> bool:
+    def delete(self, key: FileKey) -> bool:
         """Removes all parts, the manifest first; whether the file was kept."""
         kept = self._store.delete(key.manifest)
         for blob in list(self._store.keys(key.root)):

@@ -3,6 +3,7 @@
     ROOT/x2l-store              marks the folder as ours and holds the version of this layout
     ROOT/blobs/<key>+x2l        one file a blob; a key's segments are folders, "+" is in no key
     ROOT/tmp/<session>/         files being written by one opened store, which holds a lock on <session>/lock
+    ROOT/locks/<SHA-256>        one file a lock that is held, named for the lock: when it lapses, and its owner
 
 A blob is written aside, fsynced, and renamed into place. The lock falls with its process, however it ends, so what a
 crash leaves behind is known for certain and is cleared by the next process that opens the store.
@@ -24,6 +25,7 @@ from pathlib import Path
 from kvstore.base import BlobStat, Data, Store
 from kvstore.envelope import HEADER_NBYTES
 from kvstore.errors import FormatVersionError, InvalidStoreURL, StoreFull, StoreUnavailable
+from kvstore.locks import Locks
 
 _LAYOUT_VERSION = 1
 _MARKER = "x2l-store"
@@ -42,6 +44,7 @@ class DiskStore(Store):
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
         self._blobs = self._root / "blobs"
+        self._locks = Locks(self._root / "locks")
         self._session = self._root / "tmp" / uuid.uuid4().hex
         self._counter = itertools.count()
         self._lock_fd: int | None = None
@@ -68,6 +71,7 @@ class DiskStore(Store):
                 )
             self._blobs.mkdir(mode=0o700, exist_ok=True)
             self._session.parent.mkdir(mode=0o700, exist_ok=True)
+            self._locks.open()
             _fsync_dir(self._root)
             for session in self._session.parent.iterdir():
                 _clear_if_abandoned(session)
@@ -172,6 +176,14 @@ class DiskStore(Store):
                 name = str(path.relative_to(self._blobs))
                 if name.endswith(_SUFFIX) and name.startswith(prefix):
                     yield name.removesuffix(_SUFFIX)
+
+    def _acquire_lock(self, name: str, owner: str, ttl_s: float) -> bool:
+        with _os_errors(f"cannot lock {name}"):
+            return self._locks.acquire(name, owner, ttl_s)
+
+    def _release_lock(self, name: str, owner: str) -> bool:
+        with _os_errors(f"cannot unlock {name}"):
+            return self._locks.release(name, owner)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ StoreError
 ├── InvalidStoreURL         not a store that this version knows
 ├── InvalidKey              a key outside the alphabet, or one that tries to leave the store
 ├── StoreUnavailable        the store cannot be reached, read or written
-├── StoreFull               no room left, on the medium or in the quota; nothing was half written
+├── StoreFull               no room left; nothing was half written
+│   └── QuotaExceeded       the medium has room, but the quota does not
 ├── FormatVersionError      written by a newer version of this software; nothing was touched
 ├── DamagedVideo            a committed video or file that cannot be read whole
 │   ├── CorruptBlob         bytes are there, and they are not the bytes that were written
@@ -34,7 +35,11 @@ class StoreUnavailable(StoreError):  # noqa: N818
 
 
 class StoreFull(StoreError):  # noqa: N818
-    """No room left, on the medium or in the quota. Nothing was half written."""
+    """No room left. Nothing was half written."""
+
+
+class QuotaExceeded(StoreFull):
+    """The medium may have room, but the quota has none, even without every video that may go. Nothing was removed."""
 
 
 class FormatVersionError(StoreError):

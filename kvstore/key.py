@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 
 from kvstore.envelope import FORMAT_VERSION
 
+UPLOADS = "upload/"
+"""The place of uploads that come in parts."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -91,6 +94,25 @@ class ContentKey:
     @property
     def root(self) -> str:
         return f"content/{self.digest}/"
+
+    @property
+    def manifest(self) -> str:
+        return f"{self.root}manifest"
+
+    def part(self, index: int) -> str:
+        return f"{self.root}part/{index:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class PartKey:
+    """One part of an upload that comes in parts. Both ids must fit into a key."""
+
+    upload_id: str
+    part_id: str
+
+    @property
+    def root(self) -> str:
+        return f"{UPLOADS}{self.upload_id}/part/{self.part_id}/"
 
     @property
     def manifest(self) -> str:

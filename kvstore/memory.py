@@ -22,6 +22,7 @@ class MemoryStore(Store):
 
     def __init__(self) -> None:
         self._blobs: dict[str, _Blob] = {}
+        self._held: dict[str, tuple[str, float]] = {}  # owner and end (monotonic) of every lock
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -58,3 +59,20 @@ class MemoryStore(Store):
     def _keys(self, prefix: str) -> Iterator[str]:
         with self._lock:
             return iter([key for key in self._blobs if key.startswith(prefix)])
+
+    def _acquire_lock(self, name: str, owner: str, ttl_s: float) -> bool:
+        now_s = time.monotonic()
+        with self._lock:
+            holder, end_s = self._held.get(name, (owner, 0.0))
+            if holder != owner and end_s > now_s:
+                return False
+            self._held[name] = owner, now_s + ttl_s
+            return True
+
+    def _release_lock(self, name: str, owner: str) -> bool:
+        with self._lock:
+            holder, end_s = self._held.get(name, ("", 0.0))
+            if holder != owner:
+                return False
+            del self._held[name]
+            return end_s > time.monotonic()
