@@ -1,0 +1,111 @@
+"""Training-free compression of a chunk: fewer KV tokens made of the KVs that its visual tokens have themselves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compression.kv import ChunkKV
+from compression.rope import Rope
+
+
+@dataclass(frozen=True, slots=True)
+class RawChunk:
+    """What one forward pass over a chunk's visual tokens leaves behind; ``num_tokens`` is a multiple of
+    ``tokens_per_frame``.
+
+    ``kv`` holds all of them at ratio 1, keys before RoPE; ``positions`` [..., tokens] int64 is where they stood in
+    that pass. ``queries`` [layers, heads, window, head_dim], before RoPE at ``query_positions`` [..., window], are
+    those of the chunk's last tokens, or of whatever else shall judge the chunk.
+    """
+
+    kv: ChunkKV
+    positions: Tensor
+    queries: Tensor
+    query_positions: Tensor
+    rope: Rope
+    tokens_per_frame: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.kv.num_tokens
+
+    def seen_by(self, queries: Tensor, positions: Tensor) -> RawChunk:
+        """The same chunk judged by other queries, those of a question for example (shapes as in the class)."""
+        return replace(self, queries=queries, query_positions=positions)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a compressor makes of a chunk, in time order.
+
+    ``tokens`` [layers, kv_heads, num_tokens] int64 tells which of the chunk's visual tokens each KV token is, or stands
+    for: a model whose positions are not contiguous looks up its position there.
+    """
+
+    kv: ChunkKV
+    tokens: Tensor
+
+
+class Compressor(Protocol):
+    """One method. Stateless: what it makes of a chunk depends on that chunk alone."""
+
+    def compress(self, raw: RawChunk, num_tokens: int) -> Kept:
+        """Exactly ``num_tokens`` KV tokens, 0 to ``raw.num_tokens``; the latter gives the chunk as it is.
+
+        ``kv.level`` and ``kv.ratio`` are those of ``raw``: the caller knows what the result is for.
+        """
+
+
+class Pruner(ABC):
+    """A compressor that keeps some tokens as they are and drops the others, for every layer and KV head by itself."""
+
+    def compress(self, raw: RawChunk, num_tokens: int) -> Kept:
+        """See :meth:`Compressor.compress`."""
+        layers, heads, total, head_dim = raw.kv.keys.shape
+        if num_tokens >= total:
+            tokens = torch.arange(total, device=raw.kv.keys.device)
+            return Kept(raw.kv, tokens.expand(layers, heads, total))
+        tokens = self.choose(raw, num_tokens).sort(-1).values.expand(layers, heads, num_tokens)
+        index = tokens[..., None].expand(-1, -1, -1, head_dim)
+        kept = replace(raw.kv, keys=raw.kv.keys.gather(2, index), values=raw.kv.values.gather(2, index))
+        return Kept(kept, tokens)
+
+    @abstractmethod
+    def choose(self, raw: RawChunk, num_tokens: int) -> Tensor:
+        """``num_tokens`` (less than all) different tokens, int64 broadcastable to [layers, kv_heads, num_tokens]."""
+
+
+class ScoredPruner(Pruner):
+    """Keeps the tokens with the highest scores. So a smaller result is part of every larger one."""
+
+    def choose(self, raw: RawChunk, num_tokens: int) -> Tensor:
+        return best(self.score(raw), num_tokens)
+
+    @abstractmethod
+    def score(self, raw: RawChunk) -> Tensor:
+        """float32 [layers, kv_heads, tokens]; higher stays."""
+
+
+def best(scores: Tensor, number: int) -> Tensor:
+    """Indices of the ``number`` highest scores of the last dimension; among equals the earlier ones."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :number]
+
+
+def num_kept(num_visual: int, ratio: int) -> int:
+    """KV tokens of ``num_visual`` visual tokens at ``ratio``: rounded up, so that no chunk is left without one."""
+    return -(-num_visual // ratio)
+
+
+def both_levels(compressor: Compressor, raw: RawChunk, low_ratio: int, high_ratio: int) -> tuple[Kept, Kept]:
+    """The chunk's L-KV and H-KV, both made of the same raw KVs."""
+    low = compressor.compress(raw, num_kept(raw.num_tokens, low_ratio))
+    high = compressor.compress(raw, num_kept(raw.num_tokens, high_ratio))
+    return (
+        replace(low, kv=replace(low.kv, level="low", ratio=low_ratio)),
+        replace(high, kv=replace(high.kv, level="high", ratio=high_ratio)),
+    )

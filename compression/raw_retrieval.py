@@ -1,0 +1,30 @@
+"""Whole chunks of raw KVs, found by the question, and nothing of the others (ReKV, arXiv 2503.00540)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compression.compressor import RawChunk
+from compression.eviction import part
+from compression.kv import ChunkKV
+
+
+@dataclass(frozen=True, slots=True)
+class RawRetrieval:
+    """Takes chunks by score, best first, as long as a whole one fits.
+
+    ReKV scores a block by the cosine of the question's mean query and the block's mean key:
+    :class:`compression.score.CosineScorer` over chunks pooled to one token each (:class:`compression.pool.Pool`).
+    ReKV retrieves for every layer by itself; here all layers share a choice, as in the mixed cache.
+    """
+
+    def keep(self, raw: Sequence[RawChunk], num_tokens: int, scores: Sequence[float]) -> list[ChunkKV]:
+        """See :meth:`compression.eviction.Eviction.keep`; leaves less than a chunk of the budget."""
+        chosen = set()
+        for index in sorted(range(len(raw)), key=lambda index: (-scores[index], index)):
+            if raw[index].num_tokens > num_tokens:
+                break
+            chosen.add(index)
+            num_tokens -= raw[index].num_tokens
+        return [part(chunk.kv, 0, chunk.num_tokens if i in chosen else 0) for i, chunk in enumerate(raw)]
