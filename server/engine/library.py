@@ -60,6 +60,8 @@ class Library:
         self._videos = VideoStore(store)
         self._contents = ContentStore(store)
         self._pool = pool
+        quota_nbytes = options.store_quota_bytes
+        self._quota = None if quota_nbytes is None else Quota(store, quota_nbytes)
         self._options = options
         self._limits = options.limits_for(model.spec)
         self._on_change, self._on_delete = on_change, on_delete
@@ -69,7 +71,7 @@ class Library:
             writers,
             options,
             on_ingest=on_ingest,
-            on_commit=self._make_room,
+            on_commit=lambda video: self._make_room(0, video),
             on_end=self._settle,
             wake=wake,
         )
@@ -114,12 +116,15 @@ class Library:
         tenant: str,
         expires_after_s: int | None,
         source: FileSource,
+        pinned: bool = False,
         content_sha256: str | None = None,
+        stored_nbytes: int = 0,
     ) -> FileRecord:
         """Takes over the temporary file ``path`` (it is gone afterwards, whatever happens) and starts its prefill.
 
         A content that is known under this sampling and tenant is not prefilled again. An inline one gets the record it
-        had before, with a new lease of life. Raises VideoError for what is no video within the limits, StoreError.
+        had before, with a new lease of life. ``stored_nbytes`` lie in the store as an upload in parts, and go soon: the
+        quota does not count them twice. Raises VideoError for what is no video within the limits, StoreError.
         """
         taken = False
         try:
@@ -133,7 +138,7 @@ class Library:
                 info = self._probe(path, sampling)
             with self._changes:
                 video = self._open(digest, sampling, tenant)
-                self._keep(path, nbytes, video)
+                self._keep(path, nbytes, stored_nbytes, video)
                 if video.manifest is None and video.job is None:
                     self._prefills.start(video, path, info)
                     taken = True
@@ -149,6 +154,7 @@ class Library:
                     content_sha256=digest,
                     sampling=sampling,
                     source=source,
+                    pinned=pinned,
                 )
                 ttl_s = self._options.inline_ttl_s if source == "inline" else expires_after_s
                 record = replace(record, expires_at=None if ttl_s is None else now_s + ttl_s)
@@ -178,6 +184,30 @@ class Library:
         with self._changes:
             record = self._find(file_id, tenant)
             return record is not None and self._remove(record)
+
+    def pin(self, file_id: str, tenant: str, pinned: bool) -> FileRecord | None:
+        """Tells the quota to leave a file alone, or not to; None if this tenant has no such file. Raises StoreError."""
+        with self._changes:
+            record = self._find(file_id, tenant)
+            if record is None:
+                return None
+            record = replace(record, pinned=pinned)
+            with self._lock:
+                self._files[file_id] = record
+            self._save(file_id)
+        return self._snapshot(record)
+
+    def make_room(self, nbytes: int) -> None:
+        """Removes unpinned videos, least recently used first, until ``nbytes`` more fit under the store's quota.
+
+        Raises QuotaExceeded, with nothing removed, if they never would.
+        """
+        self._make_room(nbytes)
+
+    def check_room(self, nbytes: int) -> None:
+        """Raises QuotaExceeded if ``make_room`` would. Removes nothing."""
+        if self._quota is not None:
+            self._quota.check_room(nbytes, self._spared(None))
 
     def chunks(self, record: FileRecord) -> Sequence[tuple[Chunk, int, int, bool]]:
         """``(chunk, low tokens, high tokens, resident)`` of every chunk prefilled so far."""
@@ -288,22 +318,40 @@ class Library:
                 self._known[key] = video
         return video
 
-    def _keep(self, path: Path, nbytes: int, video: Video) -> None:
+    def _keep(self, path: Path, nbytes: int, stored_nbytes: int, video: Video) -> None:
         if self._options.keep_video and self._contents.get(video.content) is None:
-            self._make_room(video, nbytes)
+            self._make_room(nbytes - stored_nbytes, video)
             with path.open("rb") as file:
                 self._contents.put(video.content, file)
 
-    def _make_room(self, video: Video, nbytes: int = 0) -> None:
-        """Applies the quota, sparing ``video`` and what is being prefilled. Raises StoreFull."""
-        if self._options.store_quota_bytes is None:
+    def _make_room(self, nbytes: int, video: Video | None = None) -> None:
+        if self._quota is None:
             return
-        with self._lock:
-            busy = [video, *(other for other in self._known.values() if other.job is not None)]
-        in_use = {other.key for other in busy} | {other.content for other in busy}
-        for key in Quota(self._store, self._options.store_quota_bytes).make_room(nbytes, in_use):
+        removed = self._quota.make_room(nbytes, self._spared(video))
+        for key in removed:
             if isinstance(key, KVKey):
                 self._pool.discard(key)  # a question on it then finds it gone, and heals it
+        with self._lock:
+            videos = list(self._known.values())
+        for hit in videos:
+            if hit.key in removed or hit.content in removed:
+                self._fail_if_lost(hit)
+
+    def _spared(self, video: Video | None) -> set[KVKey | ContentKey]:
+        """What the quota must leave alone: ``video``, what is being prefilled, and what is pinned."""
+        with self._lock:
+            busy = [other for other in self._known.values() if other is video or other.job is not None]
+            pinned = [record for record in self._files.values() if record.pinned]
+        keys: set[KVKey | ContentKey] = {key for other in busy for key in (other.key, other.content)}
+        for record in pinned:
+            keys |= {self._key_of(record), ContentKey.of(record.content_sha256, record.tenant)}
+        return keys
+
+    def _fail_if_lost(self, video: Video) -> None:
+        """A file of which the quota has left nothing says so, before it is asked about."""
+        if video.manifest is not None and not any(self._store.stat(key.manifest) for key in (video.key, video.content)):
+            video.manifest = None
+            self._fail(video, "the store's quota removed it: upload it again")
 
     def _same_inline(self, key: KVKey, source: FileSource) -> FileRecord | None:
         if source != "inline":

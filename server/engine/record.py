@@ -59,6 +59,7 @@ class VideoStatus:
 class FileRecord:
     """A snapshot of one file. ``nbytes`` of content, Unix times in whole seconds, ``tenant`` as in a Request.
 
+    ``pinned`` keeps the store's quota from removing it; it expires all the same.
     ``status_details`` tells why the status is ``error``. ``video`` is None where nothing is known of it.
     """
 
@@ -72,6 +73,7 @@ class FileRecord:
     content_sha256: str
     sampling: Sampling
     source: FileSource
+    pinned: bool = False
     status: FileStatus = "uploaded"
     status_details: str | None = None
     video: VideoStatus | None = None

@@ -6,9 +6,10 @@ import io
 
 import pytest
 
+from kvstore import quota as quota_module
 from kvstore.content import ContentStore
-from kvstore.errors import StoreFull
-from kvstore.key import ContentKey
+from kvstore.errors import QuotaExceeded
+from kvstore.key import ContentKey, PartKey
 from kvstore.quota import Quota
 from kvstore.video import VideoStore
 
@@ -52,10 +53,12 @@ def test_what_is_in_use_stays(store, videos, nbytes_each, make):
 
 
 def test_no_room_removes_nothing(store, videos, nbytes_each, make):
-    with pytest.raises(StoreFull, match="quota"):
-        Quota(store, 2 * nbytes_each).make_room(nbytes_each + 1, {make.key(0)})
-    with pytest.raises(StoreFull):
-        Quota(store, nbytes_each).make_room(nbytes_each + 1)
+    for look in (Quota.make_room, Quota.check_room):
+        with pytest.raises(QuotaExceeded, match="quota"):
+            look(Quota(store, 2 * nbytes_each), nbytes_each + 1, {make.key(0)})
+        with pytest.raises(QuotaExceeded):
+            look(Quota(store, nbytes_each), nbytes_each + 1)
+    Quota(store, nbytes_each).check_room(nbytes_each)
     assert store.nbytes() == 3 * nbytes_each
 
 
@@ -71,11 +74,30 @@ def test_kept_files_count_and_go_by_their_own_use(store, videos, nbytes_each, ma
     assert list(store.keys(content.root)) == []
 
 
-def test_leavings_of_a_crash_go_in_their_turn(store, videos, nbytes_each, make):
+def test_what_is_being_written_stays(store, videos, nbytes_each, make):
+    videos.write_chunk(make.key(9), 0, make.kv("low"), make.kv("high"), b"jpeg")
+    for name in range(3):
+        videos.touch(make.key(name))
+    assert Quota(store, 3 * nbytes_each).make_room() == [make.key(0)]
+    with pytest.raises(QuotaExceeded):
+        Quota(store, 10).make_room()
+
+
+def test_leavings_of_a_crash_go_in_their_turn(store, videos, nbytes_each, make, monkeypatch):
+    monkeypatch.setattr(quota_module, "WRITING_S", 0)
     videos.write_chunk(make.key(9), 0, make.kv("low"), make.kv("high"), b"jpeg")
     for name in range(3):
         videos.touch(make.key(name))
     assert Quota(store, 3 * nbytes_each).make_room() == [make.key(9)]
+
+
+def test_uploads_in_parts_count_and_stay(store, videos, nbytes_each, make):
+    part = PartKey("upload_1", "part_1")
+    ContentStore(store).put(part, io.BytesIO(bytes(nbytes_each - 200)))
+    assert Quota(store, 3 * nbytes_each).make_room() == [make.key(0)]
+    with pytest.raises(QuotaExceeded):
+        Quota(store, nbytes_each - 200).make_room()
+    assert ContentStore(store).get(part) is not None
 
 
 def test_other_blobs_are_not_the_quotas_business(store, videos, nbytes_each):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from compression.select import Dial
 from kvstore.disk import DiskStore
+from kvstore.errors import QuotaExceeded
 from kvstore.memory import MemoryStore
 from kvstore.video import VideoStore
 from server.engine.errors import FileNotFound, ShuttingDown, VideoFailed
@@ -272,10 +273,47 @@ def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Cl
     assert driver.ask(old).error is None
     new = driver.upload(four_chunks)
     assert driver.ask(new).error is None
-    assert driver.engine.library.get(old.id, "").status == "processed"
-    assert isinstance(driver.ask(old).error, VideoFailed)
-    assert driver.engine.library.get(old.id, "").status == "error"
+    lost = driver.engine.library.get(old.id, "")
+    assert lost.status == "error" and "quota" in lost.status_details
+    with pytest.raises(VideoFailed, match="quota"):
+        driver.start(old)
     assert 0 < driver.store.nbytes("kv/") + driver.store.nbytes("content/") <= quota
+
+
+def test_the_quota_spares_what_is_pinned(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
+    measure = drive()
+    measure.upload(four_chunks)
+    quota = measure.store.nbytes("kv/") + measure.store.nbytes("content/") + 2000
+    driver = drive(store_quota_bytes=quota)
+    old = driver.upload(two_chunks, pinned=True)
+    refused = driver.upload(four_chunks)
+    assert refused.status == "error" and "quota" in refused.status_details
+    assert driver.ask(old).error is None
+    unpinned = driver.engine.library.pin(old.id, "", False)
+    assert not unpinned.pinned and driver.engine.library.get(old.id, "") == unpinned
+    assert driver.upload(four_chunks).status == "processed"
+    assert driver.engine.library.get(old.id, "").status == "error"
+    assert driver.engine.library.pin(old.id, "f" * 64, True) is None
+
+
+def test_a_file_whose_kvs_the_quota_removed_is_healed_from_its_bytes(drive: Drive, two_chunks: Clip) -> None:
+    driver = drive(store_quota_bytes=10**9)
+    record = driver.upload(two_chunks)
+    text = driver.ask(record).text
+    driver.engine.library.make_room(10**9 - two_chunks.path.stat().st_size - 2000)
+    assert list(driver.store.keys("kv/")) == []
+    assert driver.engine.library.get(record.id, "").status == "processed"
+    assert driver.ask(record).text == text and prefilled_chunks(driver) == 4
+    with pytest.raises(QuotaExceeded):
+        driver.engine.library.check_room(10**9 + 1)
+
+
+def test_a_pin_survives_a_restart(drive: Drive, two_chunks: Clip) -> None:
+    store = MemoryStore()
+    before = drive(store)
+    record = before.engine.library.pin(before.upload(two_chunks).id, "", True)
+    before.engine.close()
+    assert record.pinned and drive(store).engine.library.list("") == [record]
 
 
 def test_a_question_prefills_an_evicted_video_again(drive: Drive, four_chunks: Clip) -> None:
