@@ -73,6 +73,12 @@ class Prefill(Protocol):
         ``last`` tells that no chunk follows (the edge rule needs to know). Raises :class:`PositionLimitError`.
         """
 
+    def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
+        """Takes the next chunk as an earlier prefill made it, on the model's device, instead of computing it again.
+
+        What is appended behind it comes out bit for bit as if it had been appended too.
+        """
+
 
 class VideoModel(ABC):
     """A model with both compression levels. All but ``preprocess`` and ``tokenize`` run on the engine thread."""

@@ -174,23 +174,40 @@ class VideoXLPrefill:
         low_ratio, high_ratio = compression.low_ratio, compression.high_ratio
         if compression.edge_ratio is not None and (last or self._num_chunks == 0):
             low_ratio = high_ratio = compression.edge_ratio
-        # As long as both passes have had the same ratios their memories are one: the first chunk under the edge
-        # rule, or the whole video where both levels are set alike.
-        if self._high is self._low and low_ratio != high_ratio:
-            self._high = _Pass(self._low.memory.copy(), self._low.carry)
-        self._num_chunks += 1
+        self._begin_chunk(low_ratio, high_ratio)
         low = self._compress(self._low, features, low_ratio, "low")
         if self._high is self._low:
             return low, replace(low, level="high")
         return low, self._compress(self._high, features, high_ratio, "high")
 
+    @torch.inference_mode()
+    def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
+        """See :meth:`server.models.base.Prefill.restore`."""
+        self._begin_chunk(low.ratio, high.ratio)
+        states = [(self._low, low)] if self._high is self._low else [(self._low, low), (self._high, high)]
+        for state, kv in states:
+            self._place_vsts(state, num_visual_tokens, kv.ratio)
+            state.memory.append(kv)
+
+    def _begin_chunk(self, low_ratio: int, high_ratio: int) -> None:
+        # As long as both passes have had the same ratios their memories are one: the first chunk under the edge
+        # rule, or the whole video where both levels are set alike.
+        if self._high is self._low and low_ratio != high_ratio:
+            self._high = _Pass(self._low.memory.copy(), self._low.carry)
+        self._num_chunks += 1
+
+    def _place_vsts(self, state: _Pass, num_visual_tokens: int, ratio: int) -> Tensor | None:
+        """Where the VSTs stand in the next window; None where every token stays."""
+        if ratio == 1:
+            return None
+        reset = self._model.compression.carry == "reset"
+        is_vst, state.carry = interleave(num_visual_tokens, ratio, state.carry, close=reset)
+        return is_vst
+
     def _compress(self, state: _Pass, features: Tensor, ratio: int, level: Level) -> ChunkKV:
         model = self._model
-        if ratio == 1:
-            window, is_vst = features, None
-        else:
-            reset = model.compression.carry == "reset"
-            is_vst, state.carry = interleave(len(features), ratio, state.carry, close=reset)
+        window, is_vst = features, self._place_vsts(state, len(features), ratio)
+        if is_vst is not None:
             is_vst = is_vst.to(features.device)
             window = features.new_empty((len(is_vst), features.shape[1]))
             window[~is_vst] = features

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,26 @@ def test_the_edge_rule_makes_the_first_chunk_one_and_the_last_chunk_rich(tiny: V
     assert torch.equal(pairs[0][0].keys, pairs[0][1].keys)
     assert [(low.num_tokens, high.num_tokens) for low, high in pairs] == [(64, 64), (32, 4), (64, 64)]
     assert not torch.equal(pairs[2][0].keys, pairs[2][1].keys), "the last chunks see different memories"
+
+
+@pytest.mark.parametrize("edge_ratio", [None, 2])
+@pytest.mark.parametrize("carry", ["across", "reset"])
+@pytest.mark.parametrize("num_restored", [1, 3])
+def test_a_restored_prefill_goes_on_bit_for_bit(
+    edge_ratio: int | None, carry: Literal["across", "reset"], num_restored: int
+) -> None:
+    model = load_model("tiny", device="cpu", dtype="float32")
+    assert isinstance(model, VideoXL)
+    model.compression = CompressionConfig(low_ratio=3, high_ratio=20, edge_ratio=edge_ratio, carry=carry)
+    chunks = [features(model, num_frames) for num_frames in (5, 4, 7, 16, 3)]  # most leave a rest to carry
+    whole, resumed = model.prefill(), model.prefill()
+    pairs = [whole.append(chunk, last=index == 4) for index, chunk in enumerate(chunks)]
+    for chunk, (low, high) in list(zip(chunks, pairs, strict=True))[:num_restored]:
+        resumed.restore(len(chunk), low, high)
+    for index in range(num_restored, 5):
+        for kv, expected in zip(resumed.append(chunks[index], last=index == 4), pairs[index], strict=True):
+            assert torch.equal(kv.keys, expected.keys) and torch.equal(kv.values, expected.values)
+            assert (kv.level, kv.ratio) == (expected.level, expected.ratio)
 
 
 def test_past_the_position_limit_is_an_error(tiny: VideoXL) -> None:
