@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvstore import envelope
-from kvstore.errors import InvalidKey
+from kvstore.errors import CorruptBlob, InvalidKey
 
 Data = bytes | bytearray | memoryview
+Sealed = tuple[bytes, memoryview]
+"""Header (its first HEADER_NBYTES bytes, or what there is) and payload of a blob, as they lie in the store."""
 
 _SEGMENT = r"[a-z0-9_-][a-z0-9._-]*"  # no leading dot: neither "." nor ".." nor a hidden file
 _KEY = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
@@ -39,12 +43,17 @@ class Store(ABC):
 
         Raises CorruptBlob, FormatVersionError.
         """
-        sealed = self._read(_checked(key))
-        if sealed is None:
-            return None
-        header, payload = sealed
-        envelope.verify(key, header, payload)
-        return payload
+        payload = _opened(key, self._read(_checked(key)))
+        return None if payload is None else bytearray(payload)
+
+    def get_many(self, keys: Sequence[str]) -> list[memoryview | CorruptBlob | None]:
+        """What was put under each of ``keys``, in one read that copies as little as can be; None for a miss.
+
+        In the place of a damaged blob stands the error. The buffers may be the store's own: never write to them.
+        Raises FormatVersionError.
+        """
+        blobs = self._read_many([_checked(key) for key in keys])
+        return [_opened_or_error(key, sealed) for key, sealed in zip(keys, blobs, strict=True)]
 
     def put(self, key: str, data: Data) -> None:
         """Stores ``data``, replacing what was there: a reader sees the old bytes or the new, never a mixture.
@@ -71,9 +80,16 @@ class Store(ABC):
             raise InvalidKey(f"not a prefix of a key: {prefix[:80]!r}")
         return self._keys(prefix)
 
+    def stats(self, prefix: str = "") -> Iterator[tuple[str, BlobStat]]:
+        """The keys that begin with ``prefix`` with their stats, in one pass; what goes meanwhile is left out."""
+        for key in self.keys(prefix):
+            stat = self._stat(key)
+            if stat is not None:
+                yield key, stat
+
     def nbytes(self, prefix: str = "") -> int:
         """Bytes held under ``prefix``."""
-        return sum(stat.nbytes for stat in map(self._stat, self.keys(prefix)) if stat is not None)
+        return sum(stat.nbytes for _, stat in self.stats(prefix))
 
     def acquire_lock(self, name: str, owner: str, ttl_s: float) -> bool:
         """Takes the lock ``name`` for ``owner`` until ``ttl_s`` seconds from now; False while somebody else holds it.
@@ -95,8 +111,15 @@ class Store(ABC):
         """Lets go of everything held open. No call may follow, except another close."""
 
     @abstractmethod
-    def _read(self, key: str) -> tuple[bytes, bytearray] | None:
-        """Header (its first HEADER_NBYTES bytes, or what there is) and payload, as they lie there."""
+    def _read(self, key: str) -> Sealed | None: ...
+
+    def _read_many(self, keys: Sequence[str]) -> Iterable[Sealed | None]:
+        """In the order of ``keys``. A store that can read several blobs at a time does it here."""
+        return map(self._read, keys)
+
+    @abstractmethod
+    def _read_headers(self, keys: Sequence[str]) -> list[bytes | None]:
+        """What ``_read`` would give as headers, without the payloads."""
 
     @abstractmethod
     def _write(self, key: str, header: bytes, payload: Data) -> None: ...
@@ -118,6 +141,27 @@ class Store(ABC):
 
     @abstractmethod
     def _release_lock(self, name: str, owner: str) -> bool: ...
+
+
+def new_buffer(nbytes: int) -> memoryview:
+    """Writable memory that is not zeroed first; numpy asks for huge pages, which makes its first use several times
+    faster than a bytearray's."""
+    return np.empty(nbytes, np.uint8).data
+
+
+def _opened(key: str, sealed: Sealed | None) -> memoryview | None:
+    if sealed is None:
+        return None
+    header, payload = sealed
+    envelope.verify(key, header, payload)
+    return payload
+
+
+def _opened_or_error(key: str, sealed: Sealed | None) -> memoryview | CorruptBlob | None:
+    try:
+        return _opened(key, sealed)
+    except CorruptBlob as error:
+        return error
 
 
 def _checked(key: str) -> str:

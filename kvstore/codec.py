@@ -48,7 +48,7 @@ def encode(kv: ChunkKV) -> bytearray:
     return data
 
 
-def decode(data: bytearray) -> ChunkKV:
+def decode(data: bytearray | memoryview) -> ChunkKV:
     """What ``encode`` was given, on the CPU. Its tensors lie in ``data`` itself, which must not be changed any more.
 
     Raises CorruptBlob for anything that ``encode`` cannot have written.
@@ -58,7 +58,7 @@ def decode(data: bytearray) -> ChunkKV:
         start = _LENGTH.size + length
         if start > len(data):
             raise ValueError("header past the end")
-        header = json.loads(data[_LENGTH.size : start])
+        header = json.loads(bytes(data[_LENGTH.size : start]))
         metadata = header["__metadata__"]
         level, ratio = metadata["level"], int(metadata["ratio"])
         if level not in get_args(Level):
@@ -71,7 +71,7 @@ def decode(data: bytearray) -> ChunkKV:
     return ChunkKV(keys=keys, values=values, level=cast(Level, level), ratio=ratio)
 
 
-def _tensor(data: bytearray, start: int, entry: Any) -> Tensor:
+def _tensor(data: bytearray | memoryview, start: int, entry: Any) -> Tensor:
     """The tensor that ``entry`` of the header describes, a view of ``data``; its offsets count from ``start``."""
     dtype, shape, (begin, end) = _DTYPE_OF_NAME[entry["dtype"]], entry["shape"], entry["data_offsets"]
     if len(shape) != 4 or not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):

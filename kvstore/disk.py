@@ -18,11 +18,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvstore.base import BlobStat, Data, Store
+from kvstore.base import BlobStat, Data, Sealed, Store, new_buffer
 from kvstore.envelope import HEADER_NBYTES
 from kvstore.errors import FormatVersionError, InvalidStoreURL, StoreFull, StoreUnavailable
 from kvstore.locks import Locks
@@ -91,19 +91,47 @@ class DiskStore(Store):
     def _path(self, key: str) -> Path:
         return self._blobs / (key + _SUFFIX)
 
-    def _read(self, key: str) -> tuple[bytes, bytearray] | None:
+    def _read(self, key: str) -> Sealed | None:
         with _os_errors(f"cannot read {key}"):
+            fd = self._open_blob(key)
+            return None if fd is None else _read_sealed(fd)
+
+    def _read_many(self, keys: Sequence[str]) -> Iterator[Sealed | None]:
+        """All files are asked of the disk at once, so that it reads one while another is verified."""
+        fds: list[int | None] = []
+        with _os_errors("cannot read"):
             try:
-                fd = os.open(self._path(key), os.O_RDONLY)
-            except FileNotFoundError:
-                return None
-            try:
-                header = os.read(fd, HEADER_NBYTES)
-                payload = bytearray(max(0, os.fstat(fd).st_size - HEADER_NBYTES))
-                _read_into(fd, payload)
+                for key in keys:
+                    fds.append(self._open_blob(key))
+                    if fds[-1] is not None:
+                        os.posix_fadvise(fds[-1], 0, 0, os.POSIX_FADV_WILLNEED)
+                for index, fd in enumerate(fds):
+                    fds[index] = None
+                    yield None if fd is None else _read_sealed(fd)
             finally:
-                os.close(fd)
-        return header, payload
+                for fd in fds:
+                    if fd is not None:
+                        os.close(fd)
+
+    def _read_headers(self, keys: Sequence[str]) -> list[bytes | None]:
+        headers: list[bytes | None] = []
+        for key in keys:
+            with _os_errors(f"cannot read {key}"):
+                fd = self._open_blob(key)
+                if fd is None:
+                    headers.append(None)
+                    continue
+                try:
+                    headers.append(os.read(fd, HEADER_NBYTES))
+                finally:
+                    os.close(fd)
+        return headers
+
+    def _open_blob(self, key: str) -> int | None:
+        try:
+            return os.open(self._path(key), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
 
     def _write(self, key: str, header: bytes, payload: Data) -> None:
         path, aside = self._path(key), self._session / str(next(self._counter))
@@ -219,14 +247,20 @@ def _write_all(fd: int, data: Data) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def _read_into(fd: int, buffer: bytearray) -> None:
-    """Fills ``buffer``; a file that ends early leaves zeros, which the checksum tells."""
-    rest = memoryview(buffer)
-    while rest:
-        nbytes = os.readv(fd, [rest])
-        if not nbytes:
-            return
-        rest = rest[nbytes:]
+def _read_sealed(fd: int) -> Sealed:
+    """Reads the file and closes it. One that ends early is cut where it ends, which its header tells."""
+    try:
+        header = os.read(fd, HEADER_NBYTES)
+        payload = new_buffer(max(0, os.fstat(fd).st_size - HEADER_NBYTES))
+        filled = 0
+        while filled < len(payload):
+            nbytes = os.readv(fd, [payload[filled:]])
+            if not nbytes:
+                break
+            filled += nbytes
+        return header, payload[:filled]
+    finally:
+        os.close(fd)
 
 
 def _make_dirs(folder: Path) -> None:

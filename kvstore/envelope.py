@@ -4,14 +4,15 @@ Layout, little endian, 24 bytes: magic, format version, payload length, CRC-32 o
 fields together with the blob's key, so that a blob that lies under another blob's key is damaged too.
 
 CRC-32 rather than a cryptographic hash: the enemy is a failing disk, not a forger (who could as well write a new
-checksum), every error burst of up to 32 bits is found with certainty, and zlib's runs at 4.2 GB/s a core where
-SHA-256 reaches 1.8 and BLAKE2b 0.95, which would be most of the time of a re-load.
+checksum), and every error burst of up to 32 bits is found with certainty. zlib-ng's runs at 30 GB/s a core, where
+zlib's own reaches 3 and SHA-256 1.8, which would be most of the time of a re-load.
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
+
+from zlib_ng.zlib_ng import crc32
 
 from kvstore.errors import CorruptBlob, FormatVersionError
 
@@ -28,8 +29,8 @@ HEADER_NBYTES = _FIELDS.size + _CHECKSUM.size
 def seal(key: str, payload: bytes | bytearray | memoryview) -> bytes:
     """The header [HEADER_NBYTES] that belongs before ``payload`` under ``key``."""
     nbytes = memoryview(payload).nbytes
-    fields = _FIELDS.pack(_MAGIC, FORMAT_VERSION, nbytes, zlib.crc32(payload))
-    return fields + _CHECKSUM.pack(zlib.crc32(key.encode(), zlib.crc32(fields)))
+    fields = _FIELDS.pack(_MAGIC, FORMAT_VERSION, nbytes, crc32(payload))
+    return fields + _CHECKSUM.pack(crc32(key.encode(), crc32(fields)))
 
 
 def verify(key: str, header: bytes, payload: bytes | bytearray | memoryview) -> None:
@@ -42,11 +43,11 @@ def verify(key: str, header: bytes, payload: bytes | bytearray | memoryview) -> 
     fields = header[: _FIELDS.size]
     (checksum,) = _CHECKSUM.unpack(header[_FIELDS.size :])
     magic, version, nbytes, payload_checksum = _FIELDS.unpack(fields)
-    if magic != _MAGIC or checksum != zlib.crc32(key.encode(), zlib.crc32(fields)):
+    if magic != _MAGIC or checksum != crc32(key.encode(), crc32(fields)):
         raise CorruptBlob(f"{key}: the header is damaged or belongs to another key")
     if version > FORMAT_VERSION:
         raise FormatVersionError(f"{key}: format version {version}, this software reads up to {FORMAT_VERSION}")
     if memoryview(payload).nbytes != nbytes:
         raise CorruptBlob(f"{key}: {memoryview(payload).nbytes} bytes where {nbytes} were written")
-    if zlib.crc32(payload) != payload_checksum:
+    if crc32(payload) != payload_checksum:
         raise CorruptBlob(f"{key}: checksum mismatch")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvstore.base import BlobStat, Data, Store
+from kvstore.base import BlobStat, Data, Sealed, Store, new_buffer
 
 
 @dataclass(slots=True)
 class _Blob:
     header: bytes
-    payload: bytes
+    payload: memoryview
     used_s: float
 
 
@@ -29,14 +29,19 @@ class MemoryStore(Store):
         with self._lock:
             self._blobs.clear()
 
-    def _read(self, key: str) -> tuple[bytes, bytearray] | None:
+    def _read(self, key: str) -> Sealed | None:
         with self._lock:
             blob = self._blobs.get(key)
-        # Copied outside the lock: the payload is immutable and may be large.
-        return None if blob is None else (blob.header, bytearray(blob.payload))
+        return None if blob is None else (blob.header, blob.payload)
+
+    def _read_headers(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [None if sealed is None else sealed[0] for sealed in map(self._read, keys)]
 
     def _write(self, key: str, header: bytes, payload: Data) -> None:
-        blob = _Blob(header, bytes(payload), time.time())
+        view = memoryview(payload).cast("B")
+        copy = new_buffer(len(view))
+        copy[:] = view
+        blob = _Blob(header, copy, time.time())
         with self._lock:
             self._blobs[key] = blob
 

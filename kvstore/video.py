@@ -47,15 +47,20 @@ class VideoStore:
         manifest = self.manifest(key)
         if manifest is None:
             return None
-        prefix = self._read_whole(key.prefix)
-        return HighKV(prefix, tuple(self._read_whole(key.high(i)) for i in range(len(manifest.records))))
+        blobs = [key.prefix, *(key.high(index) for index in range(len(manifest.records)))]
+        kvs = []
+        for kv in self._read(blobs):
+            if not isinstance(kv, ChunkKV):
+                raise kv
+            kvs.append(kv)
+        return HighKV(kvs[0], tuple(kvs[1:]))
 
     def read_low(self, key: KVKey, indices: Sequence[int]) -> list[ChunkKV | MissingBlob | CorruptBlob]:
         """The L-KVs of the chunks ``indices``, in that order, on the CPU.
 
         In the place of one that cannot be read stands the error that says why, so that the others still serve.
         """
-        return [self._read_or_error(key.low(index)) for index in indices]
+        return self._read([key.low(index) for index in indices])
 
     def thumbnail(self, key: KVKey, index: int) -> bytearray | None:
         """JPEG. Raises CorruptBlob."""
@@ -72,15 +77,16 @@ class VideoStore:
             self._store.delete(blob)
         return committed
 
-    def _read_whole(self, blob: str) -> ChunkKV:
-        kv = self._read_or_error(blob)
-        if isinstance(kv, ChunkKV):
-            return kv
-        raise kv
+    def _read(self, blobs: Sequence[str]) -> list[ChunkKV | MissingBlob | CorruptBlob]:
+        return [_decoded(blob, data) for blob, data in zip(blobs, self._store.get_many(blobs), strict=True)]
 
-    def _read_or_error(self, blob: str) -> ChunkKV | MissingBlob | CorruptBlob:
-        try:
-            data = self._store.get(blob)
-            return MissingBlob(f"{blob} is gone") if data is None else codec.decode(data)
-        except CorruptBlob as error:
-            return error
+
+def _decoded(blob: str, data: memoryview | CorruptBlob | None) -> ChunkKV | MissingBlob | CorruptBlob:
+    if data is None:
+        return MissingBlob(f"{blob} is gone")
+    if isinstance(data, CorruptBlob):
+        return data
+    try:
+        return codec.decode(data)
+    except CorruptBlob as error:
+        return error
