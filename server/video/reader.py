@@ -92,7 +92,7 @@ class VideoInfo:
 
 
 class VideoReader:
-    """Iterates over the sampled frames of a video, once, in batches in time order.
+    """Iterates over the sampled frames of a video from number ``first_frame`` on, once, in batches in time order.
 
     A frame is the one on screen at its instant: the last whose presentation time is not later. Opening waits until the
     first frame is decoded. A batch holds at most ``batch_nbytes`` of pixels (or one frame), the decoder process one
@@ -115,6 +115,7 @@ class VideoReader:
         sampling: Sampling,
         limits: VideoLimits,
         *,
+        first_frame: int = 0,
         num_threads: int = 2,
         batch_nbytes: int = 16 << 20,
         command: Sequence[str] = DECODER_COMMAND,
@@ -128,6 +129,7 @@ class VideoReader:
         with file.open("rb") as head:
             check_container(head.read(SNIFF_NBYTES))
         self._limits = limits
+        self._first_frame = first_frame
         self._batch_nbytes = batch_nbytes
         self._waited_s = 0.0
         self._wall_clock_s = limits.wall_clock_for(limits.max_duration_s)
@@ -186,7 +188,7 @@ class VideoReader:
                 "Lower fps or set max_frames.",
                 code="video_too_many_frames",
             )
-        self._send({"interval_s": interval_s, "num_frames": num_frames})
+        self._send({"interval_s": interval_s, "first_frame": self._first_frame, "num_frames": num_frames})
         opened = self._receive_json(b"O")
         width, height = int(self._number(opened, "width")), int(self._number(opened, "height"))
         self._check_size(duration_s, width, height)
@@ -208,7 +210,7 @@ class VideoReader:
         info = self.info
         shape = (info.height, info.width, 3)
         max_batch = max(1, self._batch_nbytes // math.prod(shape))
-        for first in range(0, info.num_frames, max_batch):
+        for first in range(self._first_frame, info.num_frames, max_batch):
             pixels = np.empty((min(max_batch, info.num_frames - first), *shape), np.uint8)
             for frame in pixels:
                 self._receive_frame(frame)

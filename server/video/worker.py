@@ -12,7 +12,8 @@ seeking in open GOPs, and refuses recordings without a duration. With PyAV every
 Protocol, on pipes: each message out is a kind (one byte), a length (uint32, big-endian) and as many bytes.
 
 ====  =================================================================================================
-I     JSON ``{"duration_s", "width", "height"}``, as coded; then a line ``{"interval_s", "num_frames"}`` is awaited
+I     JSON ``{"duration_s", "width", "height"}``, as coded; then the plan is awaited, a line of JSON
+      ``{"interval_s", "first_frame", "num_frames"}``
 O     JSON ``{"width", "height"}``, upright: the first frame was decoded
 F     one frame, raw RGB [height, width, 3], for the next instant ``n * interval_s``
 T     nothing: a sign of life while frames between two instants are decoded or the index is read
@@ -291,7 +292,8 @@ def decode_video(path: str, num_threads: int, outbox: Outbox) -> None:
     plan = json.loads(sys.stdin.buffer.readline() or "null")
     if plan is None:
         return
-    positions = [index.position_at(number * plan["interval_s"]) for number in range(plan["num_frames"])]
+    numbers = range(plan["first_frame"], plan["num_frames"])
+    positions = [index.position_at(number * plan["interval_s"]) for number in numbers]
     send_frames(path, index, num_threads, positions, outbox)
     outbox.send(b"E")
 

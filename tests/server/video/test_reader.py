@@ -88,6 +88,27 @@ def test_each_sampled_frame_is_the_one_on_screen(clips: Clips, name: str) -> Non
     check(clip, Sampling(40.0, max_frames=23))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["h264-mp4", "open-gop-h264", "open-gop-hevc", "hidden-reference-frames", "gop-250", "vfr-mkv", "rotated-90"],
+)
+def test_reading_from_a_later_frame_gives_the_same_frames(clips: Clips, name: str) -> None:
+    suffix, arguments = CLIPS[name]
+    path, sampling = clips(suffix, **arguments).path, Sampling(3.0)
+    with VideoReader(path, sampling, VideoLimits()) as reader:
+        whole, info = list(reader), reader.info
+    for first in (1, info.num_frames // 2, info.num_frames - 1):
+        with VideoReader(path, sampling, VideoLimits(), first_frame=first) as reader:
+            assert reader.info == info
+            rest = list(reader)
+        assert np.array_equal(
+            np.concatenate([f.times_s for f in rest]), np.concatenate([f.times_s for f in whole])[first:]
+        )
+        assert np.array_equal(
+            np.concatenate([f.pixels for f in rest]), np.concatenate([f.pixels for f in whole])[first:]
+        )
+
+
 @pytest.mark.parametrize(("start_s", "end_s"), [(1.5, 4.0), (0.0, 2.0), (1.3, 2.6)])
 @pytest.mark.parametrize(
     "arguments", [{}, {"bframes": 2, "options": SLOW_X264}, {"codec": "hevc", "bframes": 3}], ids=str
