@@ -8,7 +8,7 @@ _Z = 1.959963984540054  # 95 %
 
 
 def wilson(right: int, asked: int) -> tuple[float, float]:
-    """The 95 % interval of the share ``right / asked`` (Wilson 1927), within 0 and 1; (0, 1) where nothing was asked."""
+    """The 95 % interval of the share ``right / asked`` (Wilson 1927); (0, 1) where nothing was asked."""
     if asked == 0:
         return 0.0, 1.0
     share, square = right / asked, _Z * _Z / asked
