@@ -75,10 +75,10 @@ def find_annotation(benchmark: Benchmark, data: Path, names: Sequence[str]) -> P
     for name in names:
         if (data / name).is_file():
             return data / name
-    looked_for = " or ".join(names)
-    raise DatasetError(
-        f"no annotation file of {benchmark.name} in {data}: looked for {looked_for} ({benchmark.source})"
-    )
+    if not data.is_dir():
+        raise DatasetError(f"no such folder: {data}")
+    wanted = ", ".join(names if len(names) < 6 else (*names[:2], "...", names[-1]))
+    raise DatasetError(f"no annotation file of {benchmark.name} in {data}: none of {wanted} (from {benchmark.source})")
 
 
 def find_video(data: Path, folders: Sequence[str], name: str) -> Path:
