@@ -3,44 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
+import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from kvstore.base import Store
+from kvstore.errors import StoreError
 from kvstore.open import open_store
-from server.api import chat, errors, failures, files, health, models, playground
+from server.api import chat, docs, errors, failures, files, health, models, playground, uploads
 from server.api.context import Services
 from server.api.middleware import Auth, BodyLimit, RequestId
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.options import EngineOptions
+from server.engine.uploads import Uploads
 from server.models.base import VideoModel
 from server.models.registry import load_model
+from server.spool import Spool
 from server.video.reader import VideoLimits
 
+_log = logging.getLogger("x2l")
+
 _JSON_OVERHEAD_BYTES = 1 << 20
+_FILE_ROUTES = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
+_SWEEP_UPLOADS_S = 60.0
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What answers questions: the model, the store, and the engine over both."""
+    """What answers questions: the model, the store, the engine over both, and the folder for files on their way in."""
 
     model: VideoModel
     store: Store
     engine: Engine
+    spool: Spool
 
     def close(self, drain_s: float = 0.0) -> None:
         """Closes engine and store. May be called again."""
         self.engine.close(drain_s)
         self.store.close()
+        self.spool.close()
 
 
 def open_backend(settings: Settings) -> Backend:
@@ -53,7 +62,8 @@ def open_backend(settings: Settings) -> Backend:
         high_ratio=settings.high_ratio,
     )
     store = open_store(settings.store)
-    return Backend(model, store, Engine(model, store, _engine_options(settings)))
+    spool = Spool()
+    return Backend(model, store, Engine(model, store, _engine_options(settings, spool)), spool)
 
 
 def create_app(settings: Settings, backend: Backend) -> FastAPI:
@@ -62,28 +72,40 @@ def create_app(settings: Settings, backend: Backend) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with tempfile.TemporaryDirectory(prefix="x2l-", ignore_cleanup_errors=True) as spool:
-            services = Services(settings, engine, backend.model.spec, Path(spool))
-            app.state.services = services
-            await asyncio.to_thread(engine.start)
-            try:
-                yield
-            finally:
-                services.stopping = True
-                await asyncio.to_thread(engine.close, settings.drain_s)
+        unfinished = Uploads(backend.store, engine.library)
+        services = Services(settings, engine, unfinished, backend.model.spec, backend.spool.folder)
+        app.state.services = services
+        await asyncio.to_thread(engine.start)
+        sweeper = asyncio.create_task(_sweep(unfinished))
+        try:
+            yield
+        finally:
+            services.stopping = True
+            sweeper.cancel()
+            await asyncio.to_thread(engine.close, settings.drain_s)
 
     app = FastAPI(
         title="Video-X²L server",
         version=version("video-x2l-server"),
         lifespan=lifespan,
+        docs_url=None,
         middleware=_middleware(settings),
         redoc_url=None,
     )
     errors.install(app)
     failures.install(app)
-    for routes in (chat, files, models, health, playground):
+    for routes in (chat, files, uploads, models, health, playground, docs):
         app.include_router(routes.router)
     return app
+
+
+async def _sweep(unfinished: Uploads) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(unfinished.sweep)
+        except StoreError as error:
+            _log.warning("expired uploads could not be removed yet: %s", error)
+        await asyncio.sleep(_SWEEP_UPLOADS_S)
 
 
 def _middleware(settings: Settings) -> list[Middleware]:
@@ -92,7 +114,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         Middleware(
             BodyLimit,
             max_bytes=settings.max_inline_bytes * 4 // 3 + _JSON_OVERHEAD_BYTES,  # base64
-            exempt=frozenset({"/v1/files"}),
+            exempt=_FILE_ROUTES,
         ),
     ]
     if settings.cors_origin:
@@ -107,8 +129,9 @@ def _middleware(settings: Settings) -> list[Middleware]:
     return [Middleware(RequestId), *stack]
 
 
-def _engine_options(settings: Settings) -> EngineOptions:
+def _engine_options(settings: Settings, spool: Spool) -> EngineOptions:
     return EngineOptions(
+        spool=spool.folder,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         max_tokens=settings.max_tokens,

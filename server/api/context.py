@@ -9,9 +9,10 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from server.api.errors import bad_request
+from server.api.errors import ApiError, bad_request
 from server.config import Settings
 from server.engine.engine import Engine
+from server.engine.uploads import Uploads
 from server.models.base import ModelSpec
 from server.video.reader import Sampling
 
@@ -22,10 +23,16 @@ class Services:
 
     settings: Settings
     engine: Engine
+    uploads: Uploads
     spec: ModelSpec
     spool: Path
     stopping: bool = False
     started_at: int = field(default_factory=lambda: int(time.time()))
+
+    def check_open(self) -> None:
+        """Raises ApiError (503) where nothing new is taken in any more."""
+        if not self.engine.ready or self.stopping:
+            raise ApiError(503, "The server is stopping", code="shutting_down", headers={"retry-after": "5"})
 
     def sampling(self, fps: float | None, max_frames: int | None, *, fps_param: str, frames_param: str) -> Sampling:
         """How a client wants a video sampled, within the ceilings. Raises ApiError (400)."""

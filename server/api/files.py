@@ -20,7 +20,7 @@ from server.api import sse
 from server.api.answer import Answer, unless_disconnected
 from server.api.context import Context, Services, Tenant
 from server.api.errors import ApiError, bad_request, file_not_found
-from server.api.multipart import Upload, receive_upload
+from server.api.multipart import Received, receive_file
 from server.api.schemas import (
     ChunkObject,
     FileDeleted,
@@ -30,6 +30,7 @@ from server.api.schemas import (
     Relevance,
     RelevanceRequest,
     Tokens,
+    UpdateFile,
     Video,
 )
 from server.engine.record import FileRecord, VideoStatus
@@ -39,7 +40,7 @@ from server.models.base import Turn
 router = APIRouter(prefix="/v1/files")
 
 _PURPOSES = ("user_data", "vision")
-_FORM_FIELDS = frozenset({"purpose", "fps", "max_frames", "expires_after[anchor]", "expires_after[seconds]"})
+_FORM_FIELDS = frozenset({"purpose", "fps", "max_frames", "pinned", "expires_after[anchor]", "expires_after[seconds]"})
 _MAX_EXPIRY_S = 30 * 86_400
 _POLL_S = 0.2
 _FORM = {
@@ -55,6 +56,7 @@ _FORM = {
                         "purpose": {"type": "string", "enum": list(_PURPOSES)},
                         "fps": {"type": "number"},
                         "max_frames": {"type": "integer"},
+                        "pinned": {"type": "boolean"},
                         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
                         "expires_after[seconds]": {"type": "integer"},
                     },
@@ -68,9 +70,8 @@ _FORM = {
 @router.post("", openapi_extra=_FORM)
 async def upload(http: HttpRequest, services: Context, tenant: Tenant) -> FileObject:
     """Receives a video; prefilling goes on after the reply."""
-    if not services.engine.ready or services.stopping:
-        raise ApiError(503, "The server is stopping", code="shutting_down", headers={"retry-after": "5"})
-    received = await receive_upload(http, services.spool, services.settings.max_upload_bytes)
+    services.check_open()
+    received = await receive_file(http, services.spool, services.settings.max_upload_bytes)
     return await run_in_threadpool(_create, services, received, tenant)
 
 
@@ -107,6 +108,15 @@ def list_files(
 def get_file(file_id: str, services: Context, tenant: Tenant) -> FileObject:
     """A file as it stands."""
     return file_object(_record(services, file_id, tenant))
+
+
+@router.post("/{file_id}")
+def update_file(file_id: str, body: UpdateFile, services: Context, tenant: Tenant) -> FileObject:
+    """Pins a file, which the store's quota then never removes, or unpins it."""
+    record = services.engine.library.pin(file_id, tenant, body.pinned)
+    if record is None:
+        raise file_not_found(file_id)
+    return file_object(record)
 
 
 @router.delete("/{file_id}")
@@ -212,6 +222,7 @@ def file_object(record: FileRecord) -> FileObject:
         purpose=record.purpose,
         status=record.status,
         status_details=record.status_details,
+        pinned=record.pinned,
         video=None if record.video is None else _video(record.video),
     )
 
@@ -239,7 +250,7 @@ def _record(services: Services, file_id: str, tenant: str) -> FileRecord:
     return record
 
 
-def _create(services: Services, received: Upload, tenant: str) -> FileObject:
+def _create(services: Services, received: Received, tenant: str) -> FileObject:
     try:
         options = _library_options(services, received.fields)
     except ApiError:
@@ -263,8 +274,10 @@ def _library_options(services: Services, fields: Mapping[str, str]) -> dict[str,
     purpose = fields.get("purpose")
     if purpose is None:
         raise bad_request("purpose is missing", param="purpose", code="missing_required_parameter")
-    if purpose not in _PURPOSES:
-        raise bad_request(f"purpose must be {' or '.join(_PURPOSES)}", param="purpose")
+    check_purpose(purpose)
+    pinned = fields.get("pinned", "false").lower()
+    if pinned not in ("true", "false"):
+        raise bad_request("pinned must be true or false", param="pinned")
     fps = fields.get("fps")
     max_frames = fields.get("max_frames")
     sampling = services.sampling(
@@ -274,7 +287,25 @@ def _library_options(services: Services, fields: Mapping[str, str]) -> dict[str,
         frames_param="max_frames",
     )
     expires_after_s = _expiry(fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]"))
-    return {"purpose": purpose, "sampling": sampling, "expires_after_s": expires_after_s}
+    return {
+        "purpose": purpose,
+        "sampling": sampling,
+        "expires_after_s": expires_after_s,
+        "pinned": pinned == "true",
+    }
+
+
+def check_purpose(purpose: str) -> None:
+    """Raises ApiError (400) for a purpose that is none here."""
+    if purpose not in _PURPOSES:
+        raise bad_request(f"purpose must be {' or '.join(_PURPOSES)}", param="purpose")
+
+
+def check_expiry(expires_after_s: int, *, param: str) -> int:
+    """``expires_after_s``, if a file may live so long. Raises ApiError (400)."""
+    if not 1 <= expires_after_s <= _MAX_EXPIRY_S:
+        raise bad_request(f"{param} must be between 1 and {_MAX_EXPIRY_S}", param=param)
+    return expires_after_s
 
 
 def _expiry(anchor: str | None, seconds: str | None) -> int | None:
@@ -282,12 +313,8 @@ def _expiry(anchor: str | None, seconds: str | None) -> int | None:
         return None
     if anchor != "created_at":
         raise bad_request("expires_after[anchor] must be created_at", param="expires_after[anchor]")
-    expires_after_s = _integer(seconds or "", "expires_after[seconds]")
-    if not 1 <= expires_after_s <= _MAX_EXPIRY_S:
-        raise bad_request(
-            f"expires_after[seconds] must be between 1 and {_MAX_EXPIRY_S}", param="expires_after[seconds]"
-        )
-    return expires_after_s
+    param = "expires_after[seconds]"
+    return check_expiry(_integer(seconds or "", param), param=param)
 
 
 def _number(text: str, param: str) -> float:

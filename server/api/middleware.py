@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import uuid
 from collections.abc import Sequence
 
@@ -89,15 +90,15 @@ class Auth:
 
 
 class BodyLimit:
-    """Refuses bodies over ``max_bytes`` while they arrive. The upload route counts for itself."""
+    """Refuses bodies over ``max_bytes`` while they arrive. Routes that take files are ``exempt``: they count."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, exempt: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, exempt: re.Pattern[str]) -> None:
         self.app = app
         self.max_bytes = max_bytes
         self.exempt = exempt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self.exempt:
+        if scope["type"] != "http" or self.exempt.fullmatch(scope["path"]):
             await self.app(scope, receive, send)
             return
         received = 0

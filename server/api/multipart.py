@@ -24,8 +24,8 @@ _WRITE_BYTES = 1 << 20  # hand the disk a megabyte at a time: a thread hop per n
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
-    """A received file, on disk at ``path`` (whoever holds this owns it), and the form's other fields."""
+class Received:
+    """A file that has arrived, on disk at ``path`` (whoever holds this owns it), and the form's other fields."""
 
     path: Path
     filename: str
@@ -34,22 +34,21 @@ class Upload:
     fields: Mapping[str, str]
 
 
-async def receive_upload(request: Request, folder: Path, max_bytes: int) -> Upload:
-    """Receives a form with one part named ``file`` into a new file in ``folder``.
+async def receive_file(request: Request, folder: Path, max_bytes: int, *, name: str = "file") -> Received:
+    """Receives a form with one part that is a file, ``name``, into a new file in ``folder``.
 
-    Raises ApiError (400 a malformed form, 413 too large) and ClientDisconnect; then nothing stays on disk.
+    Raises ApiError (400 a malformed form, 413 too large), OSError and ClientDisconnect; then nothing stays on disk.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
-        raise bad_request("The body must be multipart/form-data with a part named 'file'", code="invalid_body")
+        raise bad_request(f"The body must be multipart/form-data with a part named {name!r}", code="invalid_body")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes + _MAX_FIELDS * _MAX_FIELD_BYTES:
-        if "100-continue" not in request.headers.get("expect", "").lower():
-            await discard_body(request.receive)
-        raise _too_large(max_bytes)
+        await discard_unread(request)
+        raise _too_large(max_bytes, name)
     with _new_file(folder) as file:
-        form = _Form(boundary, file, max_bytes)
+        form = _Form(boundary, file, max_bytes, name)
         more = True
         while more:
             message = await request.receive()
@@ -67,6 +66,12 @@ async def receive_upload(request: Request, folder: Path, max_bytes: int) -> Uplo
         return form.finish(Path(file.name))
 
 
+async def discard_unread(request: Request) -> None:
+    """To be called before refusing a body of which nothing was read, unless the client waits for a word first."""
+    if "100-continue" not in request.headers.get("expect", "").lower():
+        await discard_body(request.receive)
+
+
 @contextmanager
 def _new_file(folder: Path) -> Iterator[IO[bytes]]:
     """A file that stays if the block ends well."""
@@ -78,15 +83,16 @@ def _new_file(folder: Path) -> Iterator[IO[bytes]]:
             raise
 
 
-def _too_large(max_bytes: int) -> ApiError:
-    return ApiError(413, f"The file is larger than {max_bytes} bytes", param="file", code="file_too_large")
+def _too_large(max_bytes: int, name: str) -> ApiError:
+    return ApiError(413, f"{name} is larger than {max_bytes} bytes", param=name, code="file_too_large")
 
 
 class _Form:
     """The parser's callbacks. ``pending`` holds file bytes not yet written."""
 
-    def __init__(self, boundary: bytes, file: IO[bytes], max_bytes: int) -> None:
+    def __init__(self, boundary: bytes, file: IO[bytes], max_bytes: int, name: str) -> None:
         self.pending = bytearray()
+        self._name = name
         self._file = file
         self._max_bytes = max_bytes
         self._nbytes = 0
@@ -120,17 +126,18 @@ class _Form:
 
     def flush(self) -> None:
         self._file.write(self.pending)
+        self._file.flush()  # a full disk must be known here, not when the file is closed
         self._hash.update(self.pending)
         self.pending.clear()
 
-    def finish(self, path: Path) -> Upload:
+    def finish(self, path: Path) -> Received:
         if not self._complete:
             raise bad_request("The multipart body ends early", code="invalid_body")
         if self._filename is None:
-            raise bad_request("file is missing", param="file", code="missing_required_parameter")
+            raise bad_request(f"{self._name} is missing", param=self._name, code="missing_required_parameter")
         if self._nbytes == 0:
-            raise bad_request("The file is empty", param="file", code="empty_file")
-        return Upload(path, self._filename, self._nbytes, self._hash.hexdigest(), self._fields)
+            raise bad_request(f"{self._name} is empty", param=self._name, code="empty_file")
+        return Received(path, self._filename, self._nbytes, self._hash.hexdigest(), self._fields)
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -148,9 +155,9 @@ class _Form:
         self._disposition = b""
         name = options.get(b"name", b"").decode("utf-8", "replace")
         filename = options.get(b"filename")
-        if name == "file":
+        if name == self._name:
             if self._filename is not None:
-                raise bad_request("file stands twice in the form", param="file")
+                raise bad_request(f"{name} stands twice in the form", param=name)
             self._filename = (filename or b"").decode("utf-8", "replace") or "video"
             self._field = None
             return
@@ -162,7 +169,7 @@ class _Form:
         if self._field is None:
             self._nbytes += end - start
             if self._nbytes > self._max_bytes:
-                raise _too_large(self._max_bytes)
+                raise _too_large(self._max_bytes, self._name)
             self.pending += data[start:end]
         else:
             self._value += data[start:end]

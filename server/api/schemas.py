@@ -120,6 +120,39 @@ class RelevanceRequest(_Closed):
     question: str
 
 
+class ExpiresAfter(_Open):
+    """OpenAI's ``expires_after``: seconds after the file was made."""
+
+    anchor: Literal["created_at"]
+    seconds: int
+
+
+class CreateUpload(_Open):
+    """``POST /v1/uploads``; ``fps``, ``max_frames`` and ``pinned`` are ours."""
+
+    filename: str = Field(min_length=1, max_length=1000)
+    purpose: str
+    bytes: int = Field(ge=1)
+    mime_type: str
+    expires_after: ExpiresAfter | None = None
+    fps: float | None = Field(None, allow_inf_nan=False)
+    max_frames: int | None = None
+    pinned: bool = False
+
+
+class CompleteUpload(_Open):
+    """``POST /v1/uploads/{id}/complete``; ``md5`` in hex."""
+
+    part_ids: list[str] = Field(min_length=1)
+    md5: str | None = Field(None, pattern="^[0-9a-fA-F]{32}$")
+
+
+class UpdateFile(_Closed):
+    """``POST /v1/files/{id}``."""
+
+    pinned: bool
+
+
 class Levels(BaseModel):
     """One number for each compression level."""
 
@@ -150,7 +183,7 @@ class Video(BaseModel):
 
 
 class FileObject(BaseModel):
-    """OpenAI's file with the extension field ``video``."""
+    """OpenAI's file with the extension fields ``pinned`` and ``video``."""
 
     id: str
     object: Literal["file"] = "file"
@@ -161,6 +194,7 @@ class FileObject(BaseModel):
     purpose: str
     status: Literal["uploaded", "processed", "error"]
     status_details: str | None
+    pinned: bool
     video: Video | None
 
 
@@ -180,6 +214,36 @@ class FileDeleted(BaseModel):
     id: str
     object: Literal["file"] = "file"
     deleted: Literal[True] = True
+
+
+class UploadObject(BaseModel):
+    """OpenAI's upload."""
+
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: FileObject | None
+
+
+class UploadPartObject(BaseModel):
+    """OpenAI's part of an upload with the extension field ``bytes``."""
+
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    upload_id: str
+    created_at: int
+    bytes: int
+
+
+class UploadState(UploadObject):
+    """An upload with the parts that have arrived, in that order."""
+
+    parts: list[UploadPartObject]
 
 
 class ChunkObject(BaseModel):

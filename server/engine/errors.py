@@ -5,6 +5,9 @@ EngineError
 ├── ContextLengthExceeded       video, prompt and answer need more positions than the model has
 ├── FileNotFound                no such file for this tenant, or it was deleted meanwhile
 ├── VideoFailed                 the file could not be prefilled, or its KVs cannot be read any more
+├── UploadNotFound              no such upload in parts for this tenant
+├── UploadBusy                  the upload is being completed or cancelled at this moment
+├── UploadRefused               the upload has ended, or its parts do not make the announced file
 ├── Cancelled                   the client asked for it
 ├── ShuttingDown                the engine is closing, or has failed
 ├── DeviceOutOfMemory           this one request did not fit on the device
@@ -57,6 +60,30 @@ class VideoFailed(EngineError):  # noqa: N818
         super().__init__(f"file {file_id} cannot be used: {status_details}")
         self.file_id = file_id
         self.status_details = status_details
+
+
+class UploadNotFound(EngineError):  # noqa: N818
+    """No such upload for this tenant, or it ended long ago."""
+
+    def __init__(self, upload_id: str) -> None:
+        super().__init__(f"no such upload: {upload_id[:80]!r}")
+
+
+class UploadBusy(EngineError):  # noqa: N818
+    """The upload is being completed or cancelled at this moment, here or at another replica."""
+
+    def __init__(self, upload_id: str) -> None:
+        super().__init__(f"upload {upload_id} is being completed or cancelled")
+
+
+class UploadRefused(EngineError):  # noqa: N818
+    """The upload has ended, or its parts do not make the announced file. ``code`` names the reason, ``param`` what in
+    the request it lies in."""
+
+    def __init__(self, message: str, code: str, *, param: str = "upload_id") -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
 
 
 class Cancelled(EngineError):  # noqa: N818

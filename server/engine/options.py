@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from server.models.base import ModelSpec
 from server.video.reader import VideoLimits
@@ -14,7 +15,7 @@ class EngineOptions:
 
     ``max_batch`` requests hold a cache and run; ``max_queue`` more may wait. One pass takes at most ``prompt_step``
     tokens of a prompt, so that a long one holds nobody up. ``prefill_share`` of the engine's time goes to uploads
-    while questions are running as well, and the rest to the questions.
+    while questions are running as well, and the rest to the questions. ``spool`` is the folder for temporary files.
     """
 
     max_batch: int = 16
@@ -26,6 +27,7 @@ class EngineOptions:
     default_reload: int | None = None
     keep_video: bool = True
     store_quota_bytes: int | None = None
+    spool: Path | None = None
     resident_nbytes: int | None = None
     limits: VideoLimits = field(default_factory=VideoLimits)
     inline_ttl_s: int = 86_400

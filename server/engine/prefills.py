@@ -56,6 +56,7 @@ class Prefills:
         self._videos = VideoStore(store)
         self._contents = ContentStore(store)
         self._writers = writers
+        self._spool = options.spool
         self._limits = options.limits_for(model.spec)
         self._on_ingest, self._on_commit, self._on_end, self._wake = on_ingest, on_commit, on_end, wake
         self._threads = ThreadPoolExecutor(options.max_concurrent_prefills, "x2l-ingest")
@@ -105,7 +106,7 @@ class Prefills:
         content = self._contents.get(key)
         if content is None:
             raise DamagedVideo("its bytes are no longer kept: upload it again")
-        with tempfile.NamedTemporaryFile(prefix="x2l-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=self._spool, delete=False) as file:
             path = Path(file.name)
             try:
                 file.writelines(content.read())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect, Request
 
 from server.api.errors import ApiError
-from server.api.multipart import Upload, receive_upload
+from server.api.multipart import Received, receive_file
 
 BOUNDARY = "frontier"
 
@@ -27,7 +27,7 @@ def form(*parts: bytes) -> bytes:
 
 def receive(
     body: bytes, folder: Path, *, max_bytes: int = 1000, piece: int = 7, cut: bool = False, headers: tuple = ()
-) -> Upload:
+) -> Received:
     """Sends ``body`` in small pieces; with ``cut`` the client goes away instead of ending."""
     pieces = [body[start : start + piece] for start in range(0, len(body), piece)]
     messages = [{"type": "http.request", "body": data, "more_body": True} for data in pieces]
@@ -39,7 +39,7 @@ def receive(
 
     content_type = (b"content-type", f"multipart/form-data; boundary={BOUNDARY}".encode())
     request = Request({"type": "http", "method": "POST", "headers": [content_type, *headers]}, next_message)
-    return asyncio.run(receive_upload(request, folder, max_bytes))
+    return asyncio.run(receive_file(request, folder, max_bytes))
 
 
 @given(data=st.binary(min_size=1, max_size=600), piece=st.integers(1, 300))
