@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Level = Literal["prefix", "low", "high"]
@@ -32,6 +33,10 @@ class ChunkKV:
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    def to(self, device: torch.device | str) -> ChunkKV:
+        """The same on ``device``; shared where it is there already."""
+        return replace(self, keys=self.keys.to(device), values=self.values.to(device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -28,11 +28,7 @@ class HighKV:
 
     def to(self, device: torch.device | str) -> HighKV:
         """The same on ``device``; shared where it is there already."""
-
-        def move(kv: ChunkKV) -> ChunkKV:
-            return replace(kv, keys=kv.keys.to(device), values=kv.values.to(device))
-
-        return HighKV(move(self.prefix), tuple(map(move, self.chunks)))
+        return HighKV(self.prefix.to(device), tuple(chunk.to(device) for chunk in self.chunks))
 
 
 @dataclass(slots=True, eq=False)

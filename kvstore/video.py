@@ -62,6 +62,14 @@ class VideoStore:
         """
         return self._read([key.low(index) for index in indices])
 
+    def read_chunk(self, key: KVKey, index: int) -> tuple[ChunkKV, ChunkKV] | None:
+        """A chunk's L-KV and H-KV, on the CPU, whether or not the video is committed; None unless all that
+        ``write_chunk`` wrote is there and undamaged (the thumbnail is not read)."""
+        low, high = self._read([key.low(index), key.high(index)])
+        if not (isinstance(low, ChunkKV) and isinstance(high, ChunkKV) and self._store.stat(key.thumbnail(index))):
+            return None
+        return low, high
+
     def thumbnail(self, key: KVKey, index: int) -> bytearray | None:
         """JPEG. Raises CorruptBlob."""
         return self._store.get(key.thumbnail(index))

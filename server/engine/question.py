@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -143,8 +142,7 @@ class Question:
         self._reload_nbytes = sum(kv.nbytes for kv in low.values())
         chunks = list(high.chunks)
         for index, kv in low.items():
-            device = self._model.device
-            chunks[index] = replace(kv, keys=kv.keys.to(device), values=kv.values.to(device))
+            chunks[index] = kv.to(self._model.device)
         self._assemble(high.prefix, chunks)
         self._ms["reload"] = self._lap()
 
