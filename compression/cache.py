@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ class KVCache:
         """Keeps the last ``num_tokens`` written to every layer."""
         self.length += num_tokens
 
-    def copy(self) -> KVCache:
+    def copy(self) -> Self:
         """An independent cache with the same content."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)

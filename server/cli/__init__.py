@@ -8,7 +8,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from server.cli import ask, demo, files, make_video, serve
+from server.cli import ask, bench, demo, files, make_video, serve
 from server.cli.client import ServerError
 from server.config import SettingsError
 
@@ -24,6 +24,7 @@ files.add_to(app)
 ask.add_to(app)
 demo.add_to(app)
 make_video.add_to(app)
+bench.add_to(app)
 
 
 def main() -> None:

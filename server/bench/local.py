@@ -1,0 +1,331 @@
+"""Questions in this process: through the engine, as the server asks, and over caches that a baseline has built."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compression.compressor import RawChunk
+from compression.kv import ChunkKV
+from compression.methods import COMPRESSORS
+from compression.mixed import MixedCache
+from compression.score import Scorer
+from compression.select import Dial
+from kvstore.base import Store
+from kvstore.disk import DiskStore
+from kvstore.errors import MissingBlob, StoreError
+from kvstore.key import KVKey
+from kvstore.video import VideoStore
+from server.bench.reply import MAX_TOKENS, PHASES, Reply
+from server.bench.video import VideoRefused
+from server.engine.detokenize import Detokenizer
+from server.engine.engine import Engine
+from server.engine.errors import EngineError
+from server.engine.options import EngineOptions
+from server.engine.record import FileRecord, VideoStatus
+from server.engine.request import Delta, Outcome, Request, SamplingParams
+from server.models.base import Row, Turn, VideoModel
+from server.models.raw import RawPrefill
+from server.models.registry import Device, DType, load_model
+from server.models.videoxl import VideoXL
+from server.video.reader import Sampling, VideoLimits, VideoReader
+
+_BATCH = 16
+_BATCH_NBYTES = 1 << 30
+"""Of the caches that are decoded together."""
+_POLL_S = 0.01
+_ROOM = 128
+"""Tokens of a question and its answer; a cache grows where this is too little."""
+
+
+class LocalBench:
+    """A model behind an engine with a disk store of its own, which is gone on close."""
+
+    def __init__(self, model: str = "tiny", *, device: Device = "auto", dtype: DType = "auto") -> None:
+        """Raises as :func:`load_model`."""
+        self.name, self.device, self.dtype = model, device, dtype
+        self.model = load_model(model, device=device, dtype=dtype)
+        self._folder = tempfile.TemporaryDirectory(prefix="x2l-bench-")
+        self._store: Store = DiskStore(Path(self._folder.name) / "store")
+        self.engine = Engine(self.model, self._store, EngineOptions(max_batch=_BATCH, keep_video=False))
+        self.engine.start()
+
+    def __enter__(self) -> LocalBench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the engine and removes the store."""
+        self.engine.close()
+        self._store.close()
+        self._folder.cleanup()
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[LocalVideo]:
+        """Decodes, prefills and stores the video; it is deleted in the end. Raises VideoRefused, VideoError."""
+        library = self.engine.library
+        copy = Path(self._folder.name) / path.name
+        shutil.copyfile(path, copy)  # the library takes the file over
+        record = library.create(
+            copy,
+            filename=path.name,
+            purpose="vision",
+            sampling=Sampling(self.model.spec.fps),
+            tenant="",
+            expires_after_s=None,
+            source="upload",
+        )
+        try:
+            while record.status == "uploaded":
+                time.sleep(_POLL_S)
+                record = library.get(record.id, "") or record
+            if record.status == "error" or record.video is None:
+                raise VideoRefused(record.status_details or "the prefill failed")
+            yield LocalVideo(self, self._store, record, record.video, path)
+        finally:
+            library.delete(record.id, "")
+
+
+class LocalVideo:
+    """A prefilled video. What only some methods need of it is made when the first of them asks."""
+
+    _ids = itertools.count()
+
+    def __init__(self, bench: LocalBench, store: Store, record: FileRecord, status: VideoStatus, path: Path) -> None:
+        self.model: VideoModel = bench.model
+        self.num_chunks = status.num_chunks
+        self.default_reload = self.model.spec.default_reload
+        self.prefill_s = status.prefill_s or 0.0
+        self._bench, self._store, self._record, self._status, self._path = bench, store, record, status, path
+        self._uniform: dict[int, list[ChunkKV]] = {}
+
+    @property
+    def default_tokens(self) -> int:
+        """KV tokens of the mixed cache with the default number of chunks re-loaded, without the prefix."""
+        gains = [low - high for low, high in zip(self._status.low_tokens, self._status.high_tokens, strict=True)]
+        return self._status.tokens_high + sum(sorted(gains, reverse=True)[: self.default_reload])
+
+    @cached_property
+    def low(self) -> list[ChunkKV]:
+        """The L-KVs, as they come from the store. Raises StoreError."""
+        read = self._videos.read_low(self._key, range(self.num_chunks))
+        damaged = next((kv for kv in read if isinstance(kv, Exception)), None)
+        if damaged is not None:
+            raise damaged
+        return [self._to_device(kv) for kv in read if isinstance(kv, ChunkKV)]
+
+    @cached_property
+    def high(self) -> list[ChunkKV]:
+        """The H-KVs, as they come from the store. Raises StoreError."""
+        high = self._videos.read_high(self._key)
+        if high is None:
+            raise MissingBlob("the video is no longer in the store")
+        return [self._to_device(kv) for kv in high.chunks]
+
+    @cached_property
+    def features(self) -> list[Tensor]:
+        """The visual tokens of every chunk ``[n, hidden]``, decoded and encoded once more. Raises VideoError."""
+        model, size = self.model, self.model.spec.frames_per_chunk
+        with VideoReader(self._path, Sampling(model.spec.fps), VideoLimits()) as reader:
+            parts = [(model.preprocess(frames), frames.times_s) for frames in reader]
+        pixels, times_s = torch.cat([part for part, _ in parts]), np.concatenate([times for _, times in parts])
+        return [
+            model.encode(pixels[start : start + size].to(model.device), times_s[start : start + size])
+            for start in range(0, len(pixels), size)
+        ]
+
+    @cached_property
+    def raw(self) -> list[RawChunk]:
+        """The uncompressed KVs of every chunk, each computed over those of all earlier ones."""
+        if not isinstance(self.model, VideoXL):
+            raise TypeError(f"no uncompressed prefill for {self.model.spec.name}")
+        run = RawPrefill(self.model)
+        return [run.append(features) for features in self.features]
+
+    @cached_property
+    def representatives(self) -> list[ChunkKV]:
+        """Every chunk's raw KVs averaged to one token."""
+        return [COMPRESSORS["pool"].compress(chunk, 1).kv for chunk in self.raw]
+
+    def uniform(self, ratio: int) -> list[ChunkKV]:
+        """The KVs of every chunk from a model with this one ratio at both levels."""
+        if ratio not in self._uniform:
+            bench = self._bench
+            model = load_model(bench.name, device=bench.device, dtype=bench.dtype, low_ratio=ratio, high_ratio=ratio)
+            run, last = model.prefill(), self.num_chunks - 1
+            pairs = [run.append(part, last=index == last) for index, part in enumerate(self.features)]
+            self._uniform[ratio] = [low for low, _ in pairs]
+        return self._uniform[ratio]
+
+    def ask(self, asked: Sequence[tuple[str, Dial]], scorer: Scorer | None = None) -> list[Reply]:
+        """See :meth:`server.bench.video.AskedVideo.ask`."""
+        return self._through_engine(asked, scorer, generate=True)
+
+    def scores(self, texts: Sequence[str], scorer: Scorer | None = None) -> list[tuple[float, ...]]:
+        """One relevance score a chunk for every text. Raises RuntimeError."""
+        replies = self._through_engine([(text, Dial()) for text in texts], scorer, generate=False)
+        for reply in replies:
+            if reply.error is not None:
+                raise RuntimeError(reply.error)
+        return [reply.scores for reply in replies]
+
+    @torch.inference_mode()
+    def score_over(self, text: str, chunks: Sequence[ChunkKV], scorer: Scorer) -> list[float]:
+        """One score a chunk for a question that is read over these KVs (in place of the H-KVs)."""
+        cache = self.cache(chunks)
+        with self._scoring(scorer):
+            trace = self.model.trace(self._prompt(text), cache)
+        scores: list[float] = scorer.score(trace, cache, chunks, self.model.rope).tolist()
+        return scores
+
+    def cache(self, chunks: Sequence[ChunkKV]) -> MixedCache:
+        """Prefix and ``chunks``, ready for :meth:`decode`."""
+        return MixedCache(self.model.prefix(), chunks, self.model.rope, room=_ROOM)
+
+    def decode(self, texts: Sequence[str], caches: Sequence[MixedCache]) -> list[Reply]:
+        """Greedy answers over caches that hold prefix and video, one a text; several texts may share one cache.
+
+        The caches themselves stay as they are.
+        """
+        largest = max((cache.num_mixed * self._token_nbytes for cache in caches), default=1)
+        size = max(1, min(_BATCH, _BATCH_NBYTES // largest))
+        replies: list[Reply] = []
+        for start in range(0, len(texts), size):
+            replies += self._decode_batch(texts[start : start + size], caches[start : start + size])
+        return replies
+
+    @torch.inference_mode()
+    def _decode_batch(self, texts: Sequence[str], caches: Sequence[MixedCache]) -> list[Reply]:
+        model = self.model
+        rows = [Row(self._prompt(text), cache.copy()) for text, cache in zip(texts, caches, strict=True)]
+        said: list[list[int]] = [[] for _ in rows]
+        begin_s = time.perf_counter()
+        tokens = model.forward(rows).argmax(-1).tolist()
+        prefilled_s = time.perf_counter()
+        going = list(range(len(rows)))
+        for _ in range(MAX_TOKENS):
+            going = [row for row, token in zip(going, tokens, strict=True) if token not in model.end_ids]
+            tokens = [token for token in tokens if token not in model.end_ids]
+            for row, token in zip(going, tokens, strict=True):
+                said[row].append(token)
+            if not going:
+                break
+            step = [Row(torch.tensor([said[row][-1]], device=model.device), rows[row].cache) for row in going]
+            tokens = model.forward(step).argmax(-1).tolist()
+        ended_s = time.perf_counter()
+        times_ms = {"prefill": (prefilled_s - begin_s) * 1000, "decode": (ended_s - prefilled_s) * 1000}
+        return [
+            Reply(
+                text=self._text(ids),
+                kv_tokens=cache.num_mixed,
+                kv_nbytes=cache.num_mixed * self._token_nbytes,
+                times_ms=times_ms,
+            )
+            for ids, cache in zip(said, caches, strict=True)
+        ]
+
+    def _through_engine(
+        self, asked: Sequence[tuple[str, Dial]], scorer: Scorer | None, *, generate: bool
+    ) -> list[Reply]:
+        replies: list[Reply] = []
+        with self._scoring(scorer):
+            for start in range(0, len(asked), _BATCH):
+                replies += self._ask_batch(asked[start : start + _BATCH], generate)
+        return replies
+
+    @contextmanager
+    def _scoring(self, scorer: Scorer | None) -> Iterator[None]:
+        """Lends the model a scorer; the engine is idle before and after."""
+        own = self.model.scorer
+        self.model.scorer = own if scorer is None else scorer
+        try:
+            yield
+        finally:
+            self.model.scorer = own
+
+    def _ask_batch(self, asked: Sequence[tuple[str, Dial]], generate: bool) -> list[Reply]:
+        inbox: queue.SimpleQueue[tuple[int, Delta]] = queue.SimpleQueue()
+        texts, replies = [""] * len(asked), [Reply() for _ in asked]
+        waiting = 0
+        for number, (text, dial) in enumerate(asked):
+            request = Request(
+                id=f"bench-{next(self._ids)}",
+                turns=(Turn("user", text),),
+                params=SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS),
+                file_id=self._record.id,
+                tenant="",
+                dial=dial,
+                generate=generate,
+            )
+            try:
+                self._bench.engine.submit(request, partial(_post, inbox, number))
+                waiting += 1
+            except (EngineError, ValueError, StoreError) as error:
+                replies[number] = Reply(error=f"{type(error).__name__}: {error}")
+        while waiting:
+            number, delta = inbox.get()
+            texts[number] += delta.text
+            waiting -= delta.final
+            if delta.error is not None:
+                replies[number] = Reply(error=f"{type(delta.error).__name__}: {delta.error}")
+            elif delta.outcome is not None:
+                replies[number] = self._reply(texts[number], delta.outcome)
+        return replies
+
+    def _reply(self, text: str, outcome: Outcome) -> Reply:
+        return Reply(
+            text=text,
+            error="degraded: an L-KV could not be read" if outcome.degraded else None,
+            kv_tokens=outcome.mixed_tokens,
+            kv_nbytes=outcome.mixed_tokens * self._token_nbytes,
+            reload_nbytes=outcome.reload_nbytes,
+            reloaded=outcome.selection,
+            spans_s=tuple((evidence.start_s, evidence.end_s) for evidence in outcome.evidence),
+            scores=outcome.scores,
+            times_ms={phase: getattr(outcome, f"{phase}_ms") for phase in PHASES},
+        )
+
+    def _prompt(self, text: str) -> Tensor:
+        return torch.tensor(self.model.tokenize([Turn("user", text)]), device=self.model.device)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        words = Detokenizer(self.model.tokenizer)
+        return "".join(map(words.push, ids)) + words.flush()
+
+    @property
+    def _token_nbytes(self) -> int:
+        """Bytes of one KV token."""
+        spec = self.model.spec
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.dtype.itemsize
+
+    @property
+    def _videos(self) -> VideoStore:
+        return VideoStore(self._store)
+
+    @cached_property
+    def _key(self) -> KVKey:
+        video = self._bench.engine.library.video(self._record.id, "")
+        if video is None:
+            raise MissingBlob("the video is no longer in the store")
+        return video.key
+
+    def _to_device(self, kv: ChunkKV) -> ChunkKV:
+        return replace(kv, keys=kv.keys.to(self.model.device), values=kv.values.to(self.model.device))
+
+
+def _post(inbox: queue.SimpleQueue[tuple[int, Delta]], number: int, delta: Delta) -> None:
+    inbox.put((number, delta))

@@ -1,0 +1,199 @@
+"""The rows of the quality table: every way of compressing and re-loading that is compared, in one list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from random import Random
+from typing import Protocol
+
+from compression.kv import ChunkKV
+from compression.methods import COMPRESSORS, EVICTIONS
+from compression.score import AttentionScorer, CosineScorer, Scorer
+from compression.select import Dial
+from server.bench.local import LocalVideo
+from server.bench.reply import Reply
+from server.bench.synthetic import Question
+from server.bench.video import AskedVideo
+
+RELOADS = (1, 2, 3, 4, 6)
+UNIFORM_RATIOS = (4, 8, 16)
+
+
+class Method(Protocol):
+    """One row. ``family`` is its line in the plot; a family of one stands alone there.
+
+    ``remote`` tells whether it can be asked of a server, ``at_default`` whether it spends what the default spends.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def remote(self) -> bool: ...
+
+    @property
+    def at_default(self) -> bool: ...
+
+    def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
+        """One reply a question."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    """Asks as a client may: ``dial`` says what to re-load, ``scorer`` (None: the model's own) what is relevant."""
+
+    name: str
+    family: str
+    dial: Callable[[AskedVideo, Question], Dial]
+    scorer: Scorer | None = None
+    at_default: bool = False
+
+    @property
+    def remote(self) -> bool:
+        return self.scorer is None
+
+    def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
+        """See :class:`Method`."""
+        dials = [self.dial(video, question) for question in questions]
+        replies = video.ask(
+            [(question.text, dial) for question, dial in zip(questions, dials, strict=True)], self.scorer
+        )
+        # Where the dial names the chunks itself, the scores that come with the answer chose nothing.
+        named = [dial.chunks is not None or dial.mode is not None for dial in dials]
+        return [replace(reply, scores=()) if own else reply for reply, own in zip(replies, named, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Dependent(Dialled):
+    """As above, but ``dial`` looks at the video's KVs to decide, so it works in this process only."""
+
+    @property
+    def remote(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A cache that the engine does not make: the KVs of ``chunks`` behind the prefix, the same for all questions."""
+
+    name: str
+    family: str
+    chunks: Callable[[LocalVideo], Sequence[ChunkKV]]
+    at_default: bool = False
+    remote: bool = False
+
+    def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
+        """See :class:`Method`."""
+        local = _local(video)
+        cache = local.cache(self.chunks(local))
+        return local.decode([question.text for question in questions], [cache] * len(questions))
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltForQuestion:
+    """The same, with other KVs for every question."""
+
+    name: str
+    family: str
+    chunks: Callable[[LocalVideo, Question], Sequence[ChunkKV]]
+    at_default: bool = False
+    remote: bool = False
+
+    def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
+        """See :class:`Method`."""
+        local = _local(video)
+        caches = [local.cache(self.chunks(local, question)) for question in questions]
+        return local.decode([question.text for question in questions], caches)
+
+
+def choose_methods(patterns: Sequence[str], *, dials: bool = True, local: bool = True) -> list[Method]:
+    """The methods whose names match one of ``patterns`` (shell style; none given: all of them) and that can be asked.
+
+    ``local``: in this process; otherwise of a server, which takes ``dials`` or not. Raises ValueError for a pattern
+    that matches nothing and for an empty choice.
+    """
+    names = [method.name for method in METHODS]
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if unknown:
+        raise ValueError(f"no method is called {unknown[0]!r}; there are {', '.join(names)}")
+    chosen = [one for one in METHODS if not patterns or any(fnmatchcase(one.name, pattern) for pattern in patterns)]
+    if not local:
+        chosen = [one for one in chosen if one.remote] if dials else [PLAIN]
+    if not chosen:
+        raise ValueError("none of these methods can be asked of a server: they need the model in this process")
+    return chosen
+
+
+def _local(video: AskedVideo) -> LocalVideo:
+    if not isinstance(video, LocalVideo):
+        raise TypeError("this method needs the model in this process")
+    return video
+
+
+def _oracle(video: AskedVideo, question: Question) -> Dial:
+    """The chunks that hold the answer, filled up with others to the default number."""
+    others = [index for index in _shuffled(video, question) if index not in question.chunks]
+    return Dial(chunks=(*question.chunks, *others[: max(0, video.default_reload - len(question.chunks))]))
+
+
+def _random(video: AskedVideo, question: Question) -> Dial:
+    return Dial(chunks=tuple(_shuffled(video, question)[: video.default_reload]))
+
+
+def _shuffled(video: AskedVideo, question: Question) -> list[int]:
+    return Random(question.text).sample(range(video.num_chunks), video.num_chunks)
+
+
+def _reloads(family: str, scorer: Scorer | None) -> list[Method]:
+    """The best 1, 2, ... chunks by a scorer."""
+
+    def best(count: int) -> Callable[[AskedVideo, Question], Dial]:
+        return lambda video, question: Dial(reload=count)
+
+    return [Dialled(f"{family}-{count}", family, best(count), scorer) for count in RELOADS]
+
+
+def _uniform(ratio: int) -> Method:
+    return Built(f"uniform-{ratio}", "uniform", lambda video: video.uniform(ratio))
+
+
+def _evicted(name: str) -> Method:
+    """A training-free method over uncompressed KVs."""
+    return Built(name, name, lambda video: EVICTIONS[name].keep(video.raw, video.default_tokens, ()), at_default=True)
+
+
+def _retrieve_by_mean_keys(video: LocalVideo, question: Question) -> list[ChunkKV]:
+    """As ReKV does: the cosine of the question's mean query and the mean of a chunk's raw keys."""
+    scores = video.score_over(question.text, video.representatives, CosineScorer())
+    return EVICTIONS["raw-retrieval"].keep(video.raw, video.default_tokens, scores)
+
+
+def _retrieve_by_attention(video: LocalVideo, question: Question) -> list[ChunkKV]:
+    """By the bi-level method's own scores: what differs is that nothing is left of the other chunks."""
+    (scores,) = video.scores([question.text])
+    return EVICTIONS["raw-retrieval"].keep(video.raw, video.default_tokens, scores)
+
+
+PLAIN: Method = Dialled("plain", "plain", lambda video, question: Dial())
+"""What a server answers that is told nothing: the only row of one that has no dials."""
+
+METHODS: list[Method] = [
+    Dialled("low", "uniform", lambda video, question: Dial(mode="low")),
+    *map(_uniform, UNIFORM_RATIOS),
+    Dialled("high", "uniform", lambda video, question: Dial(mode="high")),
+    *_reloads("attention", None),
+    *_reloads("every-head", AttentionScorer()),
+    *_reloads("cosine", CosineScorer()),
+    Dialled("oracle", "oracle", _oracle, at_default=True),
+    Dialled("random", "random", _random, at_default=True),
+    Built("raw", "raw", lambda video: [chunk.kv for chunk in video.raw]),
+    *(_evicted(name) for name in (*COMPRESSORS, "frames", "recency")),
+    BuiltForQuestion("raw-retrieval", "raw-retrieval", _retrieve_by_mean_keys, at_default=True),
+    BuiltForQuestion("raw-retrieval-attention", "raw-retrieval-attention", _retrieve_by_attention, at_default=True),
+]
+"""A new row is one more entry. ``low`` and ``high`` are uniform compression at the model's two ratios."""

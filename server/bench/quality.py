@@ -1,0 +1,127 @@
+"""``x2l bench quality``: one run from the choice of videos to table, JSON and plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from server.bench.circumstances import circumstances, to_json
+from server.bench.local import LocalBench
+from server.bench.methods import PLAIN, Method, choose_methods
+from server.bench.plot import draw, require_matplotlib
+from server.bench.records import RunFolder, open_folder
+from server.bench.remote import RemoteBench
+from server.bench.run import Bench, run_all, unanswered
+from server.bench.summary import summarize
+from server.bench.synthetic import SyntheticVideo, choose_videos, making
+from server.bench.table import print_table, print_targets
+from server.bench.targets import check
+from server.models.registry import Device, DType
+
+SIZES: Mapping[str, Mapping[int, int]] = {
+    "quick": {8: 2, 16: 2},
+    "standard": {8: 7, 16: 10, 32: 7, 64: 6, 128: 3},
+    "full": {8: 13, 16: 32, 32: 13, 64: 32, 128: 13},
+}
+"""Length in chunks -> videos, of 16 questions each."""
+QUESTIONS_PER_VIDEO = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is measured: a model in this process, or the server at ``base_url``."""
+
+    model: str | None = None
+    base_url: str | None = None
+    api_key: str = ""
+    device: Device = "auto"
+    dtype: DType = "auto"
+
+
+def run_quality(
+    counts: Mapping[int, int],
+    patterns: Sequence[str],
+    target: Target,
+    *,
+    seed: int,
+    out: Path,
+    videos_folder: Path,
+    plot: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Runs what is left to run in the folder ``out``, then writes and prints everything; the result as in the JSON.
+
+    Raises ValueError for a choice of videos or methods that is empty or unknown, OtherRun for a folder that holds
+    another run, ServerUnusable, PlotUnavailable, and as :func:`server.models.registry.load_model`.
+    """
+    if plot:
+        require_matplotlib()
+    videos = choose_videos(seed, dict(counts))
+    if not videos:
+        raise ValueError("no videos: ask for at least one length and one video a length")
+    choose_methods(patterns)  # before a model is loaded
+    with ExitStack() as stack:
+        bench: Bench
+        if target.base_url is not None:
+            bench = stack.enter_context(RemoteBench(target.base_url, api_key=target.api_key, model=target.model))
+            methods = choose_methods(patterns, dials=bench.has_dials, local=False)
+            default, measured = PLAIN.name, {"server": target.base_url, "model": bench.model}
+            console.print(f"{bench.model} at {target.base_url}: {', '.join(method.name for method in methods)}")
+        else:
+            methods = choose_methods(patterns)
+            bench = stack.enter_context(LocalBench(target.model or "tiny", device=target.device, dtype=target.dtype))
+            model = bench.model
+            default = f"attention-{model.spec.default_reload}"
+            dtype = str(model.dtype).removeprefix("torch.")
+            measured = {"model": model.spec.name, "fingerprint": model.fingerprint, "dtype": dtype}
+        configuration = {"seed": seed, "videos": {str(chunks): count for chunks, count in counts.items()}, **measured}
+        folder = stack.enter_context(open_folder(out, configuration))
+        _ask_all(bench, videos, methods, folder, videos_folder, console, stack)
+        records = folder.records
+    summary = summarize(records)
+    result = circumstances("x2l") | {"configuration": configuration, "default": default, "lengths": summary}
+    result["targets"] = check(summary, default)
+    (out / "quality.json").write_text(to_json(result) + "\n", encoding="utf-8")
+    print_table(summary, default, console)
+    print_targets(result["targets"], console)
+    if plot:
+        draw(summary, default, out / "quality.png")
+    return result
+
+
+def _ask_all(
+    bench: Bench,
+    videos: Sequence[SyntheticVideo],
+    methods: Sequence[Method],
+    folder: RunFolder,
+    videos_folder: Path,
+    console: Console,
+    stack: ExitStack,
+) -> None:
+    todo = [video for video in videos if any(unanswered(folder, video, method) for method in methods)]
+    if not todo:
+        return
+    path_of = stack.enter_context(making(todo, videos_folder))
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    progress = stack.enter_context(
+        Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *times, console=console)
+    )
+    # In chunks, because a long video takes so much longer than a short one.
+    task = progress.add_task("", total=sum(video.chunks for video in todo) * len(methods))
+
+    def tell(video: SyntheticVideo, method: str) -> None:
+        done = video.chunks if method else 0
+        progress.update(task, advance=done, description=f"{video.chunks} chunks, seed {video.seed} {method:24}")
+
+    run_all(bench, todo, methods, folder, path_of, tell)
+
+
+def num_errors(result: Mapping[str, Any]) -> int:
+    """Questions that got an error instead of a reply."""
+    return sum(row["errors"] for part in result["lengths"] for row in part["methods"].values())

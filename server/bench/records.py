@@ -1,0 +1,133 @@
+"""The folder of a run: what was asked for, and one line a question and method, so that a run can go on later."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+Key = tuple[str, int, int, int]
+
+
+class OtherRun(ValueError):  # noqa: N818 - errors are named for what is wrong
+    """The folder holds another run, or one that goes on right now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One question of one video, asked by one method.
+
+    ``chunks`` is the video's length and ``truth`` holds the chunks with the answer. ``ranks`` are their places (from
+    0) in the order of the scores; None where no scores chose. ``contained`` tells whether the times of the re-loaded
+    chunks cover the span that shows the answer; None where nothing is shown or nothing chosen. ``times_ms`` by phase
+    and ``prefill_s`` of the video are noted for questions that were asked alone.
+    """
+
+    method: str
+    chunks: int
+    seed: int
+    index: int
+    type: str
+    answer: str
+    reply: str
+    right: bool
+    error: str | None
+    truth: tuple[int, ...]
+    reloaded: tuple[int, ...]
+    ranks: tuple[int, ...] | None
+    contained: bool | None
+    kv_tokens: int
+    kv_nbytes: int
+    reload_nbytes: int
+    times_ms: dict[str, float] | None
+    prefill_s: float | None
+
+    @property
+    def key(self) -> Key:
+        return self.method, self.chunks, self.seed, self.index
+
+
+_RECORD = TypeAdapter(Record)
+
+
+class RunFolder:
+    """``run.json``: the configuration. ``records.jsonl``: a line is added for every answer; of two for the same
+    question and method the later counts. One process at a time."""
+
+    def __init__(self, folder: Path, file: IO[bytes], records: dict[Key, Record]) -> None:
+        self.path = folder
+        self._file = file
+        self._records = records
+
+    @property
+    def records(self) -> list[Record]:
+        return list(self._records.values())
+
+    def answered(self, key: Key) -> bool:
+        """Whether there is a reply that is no error."""
+        record = self._records.get(key)
+        return record is not None and record.error is None
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Keeps the records, on disk at once."""
+        for record in records:
+            self._records[record.key] = record
+            self._file.write(_RECORD.dump_json(record) + b"\n")
+        self._file.flush()
+
+
+@contextmanager
+def open_folder(folder: Path, configuration: Mapping[str, Any]) -> Iterator[RunFolder]:
+    """Begins a run in a new folder, or goes on with the one that is there. Raises OtherRun, OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "records.jsonl").open("ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OtherRun(f"another process is at work in {folder}") from None
+        _check(folder / "run.json", json.loads(json.dumps(configuration)))
+        yield RunFolder(folder, file, _read(file))
+
+
+def _check(path: Path, configuration: dict[str, Any]) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = configuration
+    except ValueError:
+        found = {}
+    if not isinstance(found, dict):
+        found = {}
+    for name in configuration.keys() | found.keys():
+        if found.get(name) != configuration.get(name):
+            raise OtherRun(
+                f"{path.parent} holds a run with {name} {found.get(name)!r}, not {configuration.get(name)!r}: "
+                "give another folder with --out"
+            )
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _read(file: IO[bytes]) -> dict[Key, Record]:
+    """What was recorded so far. A last line that an interruption has cut off is taken away."""
+    file.seek(0)
+    records: dict[Key, Record] = {}
+    whole = 0
+    while (line := file.readline()).endswith(b"\n"):
+        try:
+            record = _RECORD.validate_json(line)
+        except ValidationError:
+            raise OtherRun(
+                f"{file.name}, line {len(records) + 1} is no record: give another folder with --out"
+            ) from None
+        records[record.key] = record
+        whole = file.tell()
+    file.truncate(whole)
+    return records
