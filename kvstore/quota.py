@@ -13,6 +13,7 @@ from kvstore.errors import QuotaExceeded
 from kvstore.key import UPLOADS, ContentKey, KVKey
 from kvstore.video import VideoStore
 
+_UNITS: dict[str, type[KVKey] | type[ContentKey]] = {"kv": KVKey, "content": ContentKey}
 WRITING_S = 600.0
 """What has no manifest and was written to within this time is being written, maybe by another replica."""
 
@@ -60,9 +61,8 @@ class Quota:
         return victims
 
     def _victims(self, nbytes: int, in_use: Collection[KVKey | ContentKey]) -> list[KVKey | ContentKey]:
-        units = self._units()
-        excess = sum(usage.nbytes for usage in units.values()) + self._store.nbytes(UPLOADS) + nbytes
-        excess -= self._limit_nbytes
+        units, uploads_nbytes = self._usage()
+        excess = sum(usage.nbytes for usage in units.values()) + uploads_nbytes + nbytes - self._limit_nbytes
         written_s = time.time() - WRITING_S
         victims: list[KVKey | ContentKey] = []
         for key, usage in sorted(units.items(), key=lambda unit: unit[1].used_s):
@@ -78,15 +78,18 @@ class Quota:
             )
         return victims
 
-    def _units(self) -> dict[KVKey | ContentKey, _Usage]:
+    def _usage(self) -> tuple[dict[KVKey | ContentKey, _Usage], int]:
+        """The units, and the bytes of uploads in parts."""
         units: defaultdict[KVKey | ContentKey, _Usage] = defaultdict(_Usage)
-        for kind, key_type in (("kv/", KVKey), ("content/", ContentKey)):
-            for blob in self._store.keys(kind):
-                stat = self._store.stat(blob)
-                if stat is not None:
-                    key = key_type(blob.split("/")[1])
-                    usage = units[key]
-                    usage.nbytes += stat.nbytes
-                    usage.used_s = max(usage.used_s, stat.used_s)
-                    usage.committed |= blob == key.manifest
-        return units
+        uploads_nbytes = 0
+        for blob, stat in self._store.stats():
+            kind, _, rest = blob.partition("/")
+            if f"{kind}/" == UPLOADS:
+                uploads_nbytes += stat.nbytes
+            elif kind in _UNITS:
+                key = _UNITS[kind](rest.partition("/")[0])
+                usage = units[key]
+                usage.nbytes += stat.nbytes
+                usage.used_s = max(usage.used_s, stat.used_s)
+                usage.committed |= blob == key.manifest
+        return units, uploads_nbytes

@@ -81,3 +81,10 @@ def test_a_key_is_asked_for(page: Any, serve: Serve) -> None:
             expect(page.locator("#key-status")).to_contain_text(told)
         ask(page, "Is anything there?")
         expect(page.locator("#ask-status")).to_have_text("Upload a video first.")
+
+
+def test_the_interface_is_described_without_anything_from_elsewhere(page: Any, live: Live) -> None:
+    page.goto(f"{live.url}/docs")
+    operation = page.locator("#operations-default-create_v1_uploads_post")
+    operation.get_by_role("button").first.click()
+    playwright.expect(operation).to_contain_text("Announces a video that comes in parts")

@@ -32,7 +32,8 @@ def test_health_ready_metrics_and_docs(live: Live) -> None:
     for path in ("/", "/health", "/ready"):
         head = httpx.head(live.url + path)
         assert (head.status_code, head.content) == (200, b"")
-    assert "x2l_requests_in_flight" in httpx.get(f"{live.url}/metrics").text
+    metrics = httpx.get(f"{live.url}/metrics").text
+    assert "x2l_requests_in_flight" in metrics and "_created" not in metrics
     assert httpx.get(f"{live.url}/docs").status_code == 200
     paths = httpx.get(f"{live.url}/openapi.json").json()["paths"]
     assert {"/v1/files", "/v1/chat/completions", "/v1/files/{file_id}/events"} <= paths.keys()
