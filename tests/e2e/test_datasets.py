@@ -18,6 +18,7 @@ from rich.console import Console
 
 from server.bench.datasets.asker import Asking
 from server.bench.datasets.item import DatasetError
+from server.bench.datasets.records import Records
 from server.bench.datasets.run import run_dataset
 from server.cli.client import ServerError
 
@@ -88,9 +89,9 @@ def test_videos_that_the_server_reads_itself(serve: Serve, tmp_path: Path, clip:
 
 
 def test_a_server_of_its_own(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("X2L_RELOAD", "0")
+    monkeypatch.setenv("X2L_RELOAD", "1")
     data = made.mlvu_dev(tmp_path / "data", clip, questions=1)
-    summary = run_dataset("mlvu", data, out=tmp_path, console=quiet())
+    summary = run_dataset("mlvu", data, out=tmp_path, settings={"reload": 0}, console=quiet())
     assert summary["items"]["answered"] == 2
     assert summary["kv_tokens"]["mixed"] == summary["kv_tokens"]["high"]
 
@@ -195,6 +196,10 @@ def test_another_server_and_what_it_is_sent(stub: Stub, tmp_path: Path, clip: Pa
     assert video["video_url"]["url"] == "file:///srv/bench%20mark/video/1_plotQA/v1.mp4"
     assert text["text"].startswith("Question: What is shown")
     assert {"x2l", "media_io_kwargs"}.isdisjoint(body)
+    with pytest.raises(ServerError, match="needs --media-root"):
+        run_dataset("mlvu", data, out=tmp_path / "upload", base_url=stub.url, console=quiet())
+    with pytest.raises(ServerError, match="serves other, not another"):
+        run_dataset("mlvu", data, out=tmp_path / "upload", base_url=stub.url, model="another", console=quiet())
 
 
 def test_errors_of_the_server_do_not_end_the_run(stub: Stub, tmp_path: Path, clip: Path) -> None:
@@ -229,6 +234,9 @@ def test_records_of_another_run_are_not_mixed_in(stub: Stub, tmp_path: Path, cli
     with pytest.raises(DatasetError, match=r"another run's records \(max_frames\): choose another --out"):
         run_dataset("mlvu", data, asking=Asking(max_frames=8), **arguments)
     assert (tmp_path / "mlvu.jsonl").read_bytes() == before
+    run = json.loads(before.splitlines()[0])["run"]
+    with Records(tmp_path / "mlvu.jsonl", run), pytest.raises(DatasetError, match="another process"):
+        run_dataset("mlvu", data, **arguments)  # as if a second command did
     (tmp_path / "mlvu.jsonl").write_text("something else\n")
     with pytest.raises(DatasetError, match="does not hold the records"):
         run_dataset("mlvu", data, **arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -95,9 +94,10 @@ class Asker:
     def _post(self, body: Mapping[str, Any]) -> httpx.Response:
         for attempt in range(_TRIES):
             response = self._client.post("/v1/chat/completions", json=body)
-            if response.status_code not in _BUSY or attempt == _TRIES - 1 or self._stop.is_set():
+            if response.status_code not in _BUSY or attempt == _TRIES - 1:
                 break
-            time.sleep(_retry_after_s(response))
+            if self._stop.wait(_retry_after_s(response)):
+                break
         return response
 
 

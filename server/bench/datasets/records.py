@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
 from collections.abc import Mapping
@@ -23,10 +24,17 @@ class Records:
         self.by_id: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self._load(path, dict(run)) if path.is_file() else 0
-        self._file = path.open("r+b" if path.is_file() else "wb")
+        self._file = path.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            whole = self._load(path, dict(run))
+        except BlockingIOError:
+            self._file.close()
+            raise DatasetError(f"another process is at work on {path}") from None
+        except DatasetError:
+            self._file.close()
+            raise
         self._file.truncate(whole)
-        self._file.seek(whole)
         if not whole:
             self._write({"run": dict(run)})
 

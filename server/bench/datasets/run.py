@@ -18,12 +18,17 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from kvstore.errors import StoreError
 from server.bench.datasets.asker import Asker, Asking, local_url
 from server.bench.datasets.item import Benchmark, DatasetError, Item
 from server.bench.datasets.records import Records
 from server.bench.datasets.registry import BENCHMARKS
 from server.bench.datasets.report import summarize, table, verdict_lines
 from server.cli.client import ServerError, check, connect
+from server.config import SettingsError, load_settings
+
+OWN = "x2l"
+"""What this server says that its models are owned by."""
 
 
 def run_dataset(
@@ -33,6 +38,8 @@ def run_dataset(
     out: Path,
     base_url: str | None = None,
     api_key: str = "",
+    model: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     limit: int | None = None,
     concurrency: int = 2,
     media_root: Path | None = None,
@@ -42,23 +49,24 @@ def run_dataset(
 ) -> dict[str, Any]:
     """Asks the questions of benchmark ``name`` in folder ``data``, and returns the summary.
 
-    Without ``base_url`` a server with the settings of the environment runs for as long as it takes. Videos are
-    uploaded one by one and deleted again; with ``media_root``, the path by which the server knows ``data``, they go as
-    ``file://`` URLs. ``concurrency`` videos are worked on at a time. ``out`` gets NAME.jsonl with the replies (a run
+    Without ``base_url`` a server of our own, with ``settings`` beside those of the environment, runs for as long as it
+    takes. ``model`` None is the first that the server lists. Videos are uploaded one by one and deleted again; with
+    ``media_root``, the path by which the server knows ``data``, they go as ``file://`` URLs, which other servers take
+    as well. ``concurrency`` videos are worked on at a time. ``out`` gets NAME.jsonl with the replies (a run
     that was interrupted goes on there) and NAME.json with the summary, which is printed as well.
 
     What goes wrong with one video or question is kept with it, and the run goes on. Raises DatasetError for a folder
-    that is not the benchmark's or has none of its videos, ServerError or httpx.HTTPError if the server does not
-    answer at all.
+    that is not the benchmark's or has none of its videos, ServerError or httpx.HTTPError for a server that does not
+    answer at all or cannot be used, SettingsError.
     """
     console = console or Console()
     asking = asking or Asking()
     benchmark = BENCHMARKS[name]
     items = _select(benchmark, data, limit, subtitles)
     with contextlib.ExitStack() as stack:
-        url = base_url or stack.enter_context(_own_server())
-        client = stack.enter_context(connect(url, api_key))
-        model = str(check(client.get("/v1/models")).json()["data"][0]["id"])
+        url = base_url or stack.enter_context(_own_server(settings or {}))
+        client = stack.enter_context(connect(url, api_key if base_url else ""))
+        model = _served(client, model if base_url else None, has_files=media_root is None)
         run = {"dataset": name, "model": model, "subtitles": subtitles, **asdict(asking)}
         records = stack.enter_context(Records(out / f"{name}.jsonl", run))
         stop = threading.Event()
@@ -79,6 +87,17 @@ def run_dataset(
     for line in [*verdict_lines(summary), f"written to {out / name}.json and .jsonl"]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     return summary
+
+
+def _served(client: httpx.Client, model: str | None, *, has_files: bool) -> str:
+    """The id of ``model``, or of the first that is served; with ``has_files`` the server has to take uploads."""
+    served = {str(one["id"]): one for one in check(client.get("/v1/models")).json()["data"]}
+    if not served or model not in (None, *served):
+        raise ServerError(f"the server serves {', '.join(served) or 'no model'}, not {model}")
+    name = model or next(iter(served))
+    if has_files and served[name].get("owned_by") != OWN:
+        raise ServerError("this is no Video-X²L server: it needs --media-root, the path by which it knows the videos")
+    return name
 
 
 def _select(benchmark: Benchmark, data: Path, limit: int | None, subtitles: bool) -> list[Item]:
@@ -170,16 +189,18 @@ def _progress(console: Console, *, done: int, total: int) -> Progress:
 
 
 @contextlib.contextmanager
-def _own_server() -> Iterator[str]:
-    """The address of a server of our own, with a temporary store unless X2L_STORE names one."""
+def _own_server(options: Mapping[str, Any]) -> Iterator[str]:
+    """The address of a server of our own, with a temporary store unless X2L_STORE names one. Raises SettingsError."""
     from server.app import open_backend  # torch takes seconds to load
     from server.cli.serving import running
-    from server.config import load_settings
 
     with tempfile.TemporaryDirectory(prefix="x2l-bench-") as folder:
         store = None if os.environ.get("X2L_STORE") else f"disk:{folder}/store"
-        settings = load_settings(
-            store=store, host="127.0.0.1", port=0, api_key=(), keep_video=False, log_level="warning"
-        )
-        with running(settings, open_backend(settings)) as address:
+        fixed: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "api_key": (), "keep_video": False}
+        settings = load_settings(**options, **fixed, store=store, log_level="warning")
+        try:
+            backend = open_backend(settings)
+        except (ValueError, StoreError) as error:
+            raise SettingsError(str(error)) from error
+        with running(settings, backend) as address:
             yield address
