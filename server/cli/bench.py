@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -18,7 +20,23 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(bench, name="bench")
 
 
+_DATASET_ONLY = (
+    "data",
+    "limit",
+    "concurrency",
+    "media_root",
+    "subtitles",
+    "fps",
+    "max_frames",
+    "reload",
+    "budget_tokens",
+    "mode",
+)
+_SYNTHETIC_ONLY = ("quick", "full", "chunks", "videos", "methods", "seed", "videos_dir", "plot")
+
+
 def quality(
+    context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="A few short videos: at most 5 minutes on 2 cores.")] = False,
     full: Annotated[bool, typer.Option("--full", help="What is published: at most 3 hours on 2 cores.")] = False,
     chunks: Annotated[
@@ -29,7 +47,9 @@ def quality(
     seed: Annotated[int, typer.Option(help="Another seed, other videos.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Results; an interrupted run goes on.", show_default="x2l-quality-SIZE"),
+        typer.Option(
+            metavar="DIR", help="Results; an interrupted run goes on.", show_default="x2l-quality-SIZE or -DATASET"
+        ),
     ] = None,
     videos_dir: Annotated[
         Path | None,
@@ -45,11 +65,55 @@ def quality(
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")
     ] = "auto",
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Write quality.png.")] = True,
+    dataset: Annotated[
+        Literal["vnbench", "mlvu", "videomme", "longvideobench"] | None,
+        typer.Option(help="A public benchmark instead. The options below go with it."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Its annotation files and videos.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many questions, from all its categories.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Videos worked on at a time.")] = 2,
+    media_root: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="DIR as the server knows it: videos go as file:// URLs, not as uploads."),
+    ] = None,
+    subtitles: Annotated[bool, typer.Option("--subtitles", help="Put the subtitles before the question.")] = False,
+    fps: Annotated[float | None, typer.Option(help="Frames sampled a second instead of the model's rate.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Spread at most so many frames over a video.")] = None,
+    reload: Annotated[int | None, typer.Option(min=0, help="Chunks to re-load.")] = None,
+    budget_tokens: Annotated[int | None, typer.Option(min=1, help="Bound of the whole mixed cache.")] = None,
+    mode: Annotated[Literal["auto", "low", "high"] | None, typer.Option(help="All chunks at one level.")] = None,
 ) -> None:
     """Asks fresh synthetic videos with every method, and compares accuracy and cost.
 
     Without --quick or --full: at most 45 minutes on 2 cores. Writes quality.json, quality.png and records.jsonl.
+
+    With --dataset and --data: asks a public benchmark's questions, as the model answers by default or as --reload,
+    --budget-tokens or --mode say, and scores as its authors do. Writes NAME.json and NAME.jsonl.
     """
+    _refuse(context, _SYNTHETIC_ONLY if dataset else _DATASET_ONLY, "with" if dataset else "without")
+    if dataset:
+        if data is None:
+            raise typer.BadParameter("--dataset needs --data, the folder with its files")
+        dials = {"reload": reload, "budget_tokens": budget_tokens, "mode": mode}
+        if sum(value is not None for value in dials.values()) > 1:
+            raise typer.BadParameter("at most one of --reload, --budget-tokens and --mode")
+        if media_root is not None and (base_url is None or not media_root.is_absolute()):
+            raise typer.BadParameter("--media-root is an absolute path at the server that --base-url names")
+        _run_dataset(
+            dataset,
+            data,
+            asking={"fps": fps, "max_frames": max_frames, "dials": {k: v for k, v in dials.items() if v is not None}},
+            out=out or Path(f"x2l-quality-{dataset}"),
+            base_url=base_url,
+            api_key=api_key,
+            model=model,
+            settings={"model": model, "device": device, "dtype": dtype},
+            limit=limit,
+            concurrency=concurrency,
+            media_root=media_root,
+            subtitles=subtitles,
+        )
+        return
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
     size = "quick" if quick else "full" if full else "standard"
@@ -83,6 +147,30 @@ def quality(
         fail(
             f"{count} questions got an error instead of an answer and count as wrong; the same command asks them again"
         )
+
+
+def _run_dataset(name: str, data: Path, *, asking: dict[str, Any], **options: Any) -> None:
+    from server.bench.datasets.asker import Asking
+    from server.bench.datasets.item import DatasetError
+    from server.bench.datasets.run import run_dataset
+    from server.cli import fail
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that uploads and stores go
+    try:
+        summary = run_dataset(name, data, asking=Asking(**asking), **options)
+    except DatasetError as error:
+        fail(str(error))
+    items = summary["items"]
+    if items["answered"] < items["all"]:
+        fail(f"{items['all'] - items['answered']} questions have no reply; the same command asks them again")
+
+
+def _refuse(context: typer.Context, names: Sequence[str], how: str) -> None:
+    """Ends the command if it was given an option that means nothing ``how`` (with or without) --dataset."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} means nothing {how} --dataset")
 
 
 def _numbers(text: str) -> list[int]:
