@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -131,10 +135,13 @@ def test_an_empty_selection(tmp_path: Path, clip: Path) -> None:
 
 
 class Stub:
-    """Another vendor's server: the first ``failures`` questions get a 500, then every answer is B."""
+    """Another vendor's server: the first ``failures`` questions get a 500, then every answer is B. The question with
+    number ``held`` (from 1) waits for ``release``."""
 
-    def __init__(self, failures: int = 0) -> None:
-        self.failures = failures
+    def __init__(self) -> None:
+        self.failures = 0
+        self.held = 0
+        self.holding, self.release = threading.Event(), threading.Event()
         self.asked: list[dict[str, Any]] = []
         lock = threading.Lock()
         stub = self
@@ -147,8 +154,11 @@ class Stub:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with lock:
                     stub.asked.append(body)
-                    failed = len(stub.asked) <= stub.failures
-                if failed:
+                    number = len(stub.asked)
+                if number == stub.held:
+                    stub.holding.set()
+                    stub.release.wait(60)
+                if number <= stub.failures:
                     self._send(500, {"error": {"message": "out of order"}})
                 else:
                     self._send(200, {"choices": [{"message": {"role": "assistant", "content": "B"}}]})
@@ -246,3 +256,52 @@ def test_a_wrong_key_ends_the_run_at_once(serve: Serve, tmp_path: Path, clip: Pa
     data = made.mlvu_dev(tmp_path / "data", clip)
     with serve(api_key=("right",)) as live, pytest.raises(ServerError, match="key"):
         run_dataset("mlvu", data, out=tmp_path / "out", base_url=live.url, api_key="wrong", console=quiet())
+
+
+def command(*options: object) -> list[str]:
+    return [sys.executable, "-m", "server", "bench", "quality", *map(str, options)]
+
+
+def test_the_command(live: Live, tmp_path: Path, clip: Path) -> None:
+    data = made.mlvu_dev(tmp_path / "data", clip)
+    options = ["--dataset", "mlvu", "--data", data, "--limit", 2, "--reload", 1, "--base-url", live.url]
+    done = subprocess.run(command(*options), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "score of mlvu (mean of task)" in done.stdout
+    written = json.loads((tmp_path / "x2l-quality-mlvu" / "mlvu.json").read_text())
+    assert written["run"]["dials"] == {"reload": 1}
+    assert {name: cell["asked"] for name, cell in written["categories"]["task"].items()} == {"count": 1, "plotQA": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--dataset", "mlvu"], "--dataset needs --data"),
+        (["--limit", "3"], "--limit means nothing without --dataset"),
+        (["--dataset", "mlvu", "--data", ".", "--quick"], "--quick means nothing with --dataset"),
+        (["--dataset", "mlvu", "--data", ".", "--reload", "1", "--mode", "low"], "at most one of"),
+        (["--dataset", "mlvu", "--data", ".", "--media-root", "/srv"], "--media-root is an absolute path"),
+        (["--dataset", "mlvu", "--data", "absent"], "no such folder: absent"),
+    ],
+)
+def test_the_command_refuses(options: list[str], complaint: str, tmp_path: Path) -> None:
+    done = subprocess.run(command(*options), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert complaint in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_with_the_question_in_flight(stub: Stub, tmp_path: Path, clip: Path) -> None:
+    stub.held = 3
+    data = made.vnbench(tmp_path / "data", clip)
+    options = ["--dataset", "vnbench", "--data", data, "--base-url", stub.url, "--media-root", data, "--out", tmp_path]
+    with subprocess.Popen(command(*options, "--concurrency", 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert stub.holding.wait(60)
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.2)  # so that it is known before the answer comes
+        stub.release.set()
+        assert run.wait(60) == 130
+    assert len(stub.asked) == len(records(tmp_path / "vnbench.jsonl")) == 3
+    arguments = {"out": tmp_path, "base_url": stub.url, "media_root": data, "console": quiet()}
+    assert run_dataset("vnbench", data, **arguments)["items"]["answered"] == 8
+    assert len(stub.asked) == 8
