@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from kvstore.base import Store
 from kvstore.disk import DiskStore
-from kvstore.errors import InvalidStoreURL
+from kvstore.errors import InvalidStoreURL, StoreUnavailable
 from kvstore.memory import MemoryStore
+from kvstore.redis import RedisStore
+
+_KNOWN = "known stores: memory://, disk:PATH, redis://HOST and rediss://HOST"
+_RETRY_S = 0.5
 
 
-def open_store(url: str) -> Store:
-    """Opens ``memory://`` or ``disk:PATH`` (``~`` is the home folder; the folder is made if missing).
+def open_store(url: str, *, wait_s: float = 0.0) -> Store:
+    """Opens ``memory://``, ``disk:PATH`` (``~`` is the home folder; the folder is made if missing) or a Redis.
 
-    Raises InvalidStoreURL, and StoreUnavailable when the store cannot be opened.
+    A store that cannot be reached is tried again for ``wait_s``. Raises InvalidStoreURL, FormatVersionError, and
+    StoreUnavailable when the store cannot be opened.
     """
-    known = "known stores: memory:// and disk:PATH"
+    end_s = time.monotonic() + wait_s
+    while True:
+        try:
+            return _open(url)
+        except StoreUnavailable:
+            if time.monotonic() + _RETRY_S > end_s:
+                raise
+            time.sleep(_RETRY_S)
+
+
+def _open(url: str) -> Store:
     scheme, colon, rest = url.partition(":")
     if not colon:
-        raise InvalidStoreURL(f"no scheme in the store URL ({known})")
+        raise InvalidStoreURL(f"no scheme in the store URL ({_KNOWN})")
     if scheme == "memory" and rest == "//":
         return MemoryStore()
     if scheme == "disk" and rest and not rest.startswith("//"):
         return DiskStore(Path(rest).expanduser())
-    if scheme in ("redis", "rediss"):
-        raise InvalidStoreURL(f"{scheme}:// stores are not supported yet ({known})")
-    raise InvalidStoreURL(f"not a store URL of scheme {scheme[:20]!r} ({known})")
+    if scheme in ("redis", "rediss") and rest.startswith("//"):
+        return RedisStore(url)
+    raise InvalidStoreURL(f"not a store URL of scheme {scheme[:20]!r} ({_KNOWN})")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from redis_servers import RedisServer, make_certificate, redis_cluster, tls_before
 
 from compression.chunk import Chunk
 from compression.kv import ChunkKV, Level
@@ -14,15 +15,65 @@ from kvstore.base import Store
 from kvstore.key import Fingerprint, KVKey
 from kvstore.manifest import ChunkRecord, Manifest
 from kvstore.open import open_store
+from kvstore.redis import RedisStore
 from kvstore.resident import HighKV
 from kvstore.video import VideoStore
 
 
-@pytest.fixture(params=["memory", "disk"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    url = {"memory": "memory://", "disk": f"disk:{tmp_path / 'store'}"}[request.param]
-    store = open_store(url)
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis"), password="secret word") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_url(redis_server: RedisServer) -> str:
+    return redis_server.url.replace(" ", "%20")
+
+
+@pytest.fixture(scope="session")
+def rediss_url(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    certificate, key = make_certificate(tmp_path_factory.mktemp("tls"))
+    with tls_before(redis_server.port, certificate, key) as port:
+        yield f"rediss://:secret%20word@127.0.0.1:{port}/1?ssl_ca_certs={certificate}"
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="session")
+def cluster_url(cluster: list[RedisServer]) -> str:
+    return f"{cluster[0].url}?cluster=true"
+
+
+BACKENDS = ["memory", "disk", "redis", "rediss", "cluster"]
+
+
+@pytest.fixture(params=BACKENDS)
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty store."""
+    if request.param == "memory":
+        return "memory://"
+    if request.param == "disk":
+        return f"disk:{tmp_path / 'store'}"
+    url = request.getfixturevalue(f"{request.param}_url")
+    empty(url)
+    return url
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    store = open_store(store_url)
     yield store
+    store.close()
+
+
+def empty(url: str) -> None:
+    store = RedisStore(url)
+    store._client.flushall()
     store.close()
 
 
