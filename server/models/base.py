@@ -91,6 +91,8 @@ class VideoModel(ABC):
     dtype: torch.dtype
     fingerprint: str
     """SHA-256 hex over weights, ratios, prefix and dtype: two models with one fingerprint make the same KVs."""
+    prefill_mode: str
+    """What a chunk's prefill sees of the chunks before it; ``exact`` is as the method was published."""
     end_ids: frozenset[int]
 
     @abstractmethod

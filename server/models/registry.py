@@ -28,16 +28,23 @@ def load_model(
     dtype: DType = "auto",
     low_ratio: int | None = None,
     high_ratio: int | None = None,
+    prefill_mode: str | None = None,
 ) -> VideoModel:
     """Loads ``tiny`` (also known as ``x2l-tiny``), the bundled model.
 
     ``auto`` takes a GPU where there is one, and float32 on a CPU or bfloat16 on a GPU. Raises UnknownModelError,
-    DeviceError, CheckpointError.
+    DeviceError, CheckpointError, ValueError for a ``prefill_mode`` that does not exist.
     """
     if name not in ("tiny", "x2l-tiny"):
         raise UnknownModelError(f"unknown model {name!r}: this version serves 'tiny', the bundled model")
     place = _device(device)
-    return load_tiny(device=place, dtype=_dtype(dtype, place), low_ratio=low_ratio, high_ratio=high_ratio)
+    return load_tiny(
+        device=place,
+        dtype=_dtype(dtype, place),
+        low_ratio=low_ratio,
+        high_ratio=high_ratio,
+        prefill_mode=prefill_mode,
+    )
 
 
 def _device(name: Device) -> torch.device:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -39,12 +41,27 @@ class CompressionConfig:
 
     ``edge_ratio`` is the ratio of the first and the last chunk at BOTH levels (2 in Video-X2L; None: no edge rule, as
     in Video-XL). ``carry`` tells whether visual tokens behind a chunk's last VST count towards the next chunk's first.
+    ``prefill_mode`` tells what a chunk's L pass sees of the chunks before it: ``exact`` is their L-KVs, as published;
+    ``high-memory`` their H-KVs, as an answer sees them, which keeps the L pass cheap however long the video is;
+    ``recent-N`` the L-KVs of the last N and the H-KVs of the others. Raises ValueError for another name.
     """
 
     low_ratio: int = 2
     high_ratio: int = 32
     edge_ratio: int | None = 2
     carry: Literal["across", "reset"] = "across"
+    prefill_mode: str = "exact"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"exact|high-memory|recent-[1-9]\d*", self.prefill_mode):
+            raise ValueError(f"prefill_mode must be exact, high-memory or recent-N, not {self.prefill_mode!r}")
+
+    @property
+    def low_memory(self) -> int | None:
+        """How many of the last chunks the L pass sees as L-KVs; None is all."""
+        if self.prefill_mode == "exact":
+            return None
+        return int(self.prefill_mode.removeprefix("recent-")) if self.prefill_mode != "high-memory" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +100,7 @@ class VideoXL(VideoModel):
         self.device = decoder.embed_tokens.weight.device
         self.dtype = decoder.embed_tokens.weight.dtype
         self.end_ids = prompt.end_ids
+        self.prefill_mode = compression.prefill_mode
         self.fingerprint = self._fingerprint()
         self._prefix: ChunkKV | None = None
 
@@ -157,7 +175,10 @@ class VideoXL(VideoModel):
 
 
 class VideoXLPrefill:
-    """Both passes over one video: the L pass sees L memory, the H pass H memory (Video-X2L, section 3)."""
+    """Both passes over one video: the L pass sees L memory, the H pass H memory (Video-X2L, section 3).
+
+    In other prefill modes than ``exact`` the L pass sees H-KVs of the chunks further back.
+    """
 
     def __init__(self, model: VideoXL) -> None:
         self._model = model
@@ -165,6 +186,8 @@ class VideoXLPrefill:
         memory = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
         memory.append(prefix)
         self._low = self._high = _Pass(memory)
+        self._recent: deque[tuple[ChunkKV, ChunkKV]] = deque()
+        """L-KV and H-KV of the last chunks in the L pass's memory that are to be replaced there later."""
         self._num_chunks = 0
 
     @torch.inference_mode()
@@ -176,18 +199,19 @@ class VideoXLPrefill:
             low_ratio = high_ratio = compression.edge_ratio
         self._begin_chunk(low_ratio, high_ratio)
         low = self._compress(self._low, features, low_ratio, "low")
-        if self._high is self._low:
-            return low, replace(low, level="high")
-        return low, self._compress(self._high, features, high_ratio, "high")
+        one = self._high is self._low
+        high = replace(low, level="high") if one else self._compress(self._high, features, high_ratio, "high")
+        self._remember(low, high)
+        return low, high
 
     @torch.inference_mode()
     def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         """See :meth:`server.models.base.Prefill.restore`."""
         self._begin_chunk(low.ratio, high.ratio)
-        states = [(self._low, low)] if self._high is self._low else [(self._low, low), (self._high, high)]
-        for state, kv in states:
-            self._place_vsts(state, num_visual_tokens, kv.ratio)
-            state.memory.append(kv)
+        self._place_vsts(self._low, num_visual_tokens, low.ratio)
+        if self._high is not self._low:
+            self._place_vsts(self._high, num_visual_tokens, high.ratio)
+        self._remember(low, high)
 
     def _begin_chunk(self, low_ratio: int, high_ratio: int) -> None:
         # As long as both passes have had the same ratios their memories are one: the first chunk under the edge
@@ -195,6 +219,22 @@ class VideoXLPrefill:
         if self._high is self._low and low_ratio != high_ratio:
             self._high = _Pass(self._low.memory.copy(), self._low.carry)
         self._num_chunks += 1
+
+    def _remember(self, low: ChunkKV, high: ChunkKV) -> None:
+        memory, most = self._low.memory, self._model.compression.low_memory
+        memory.append(low)
+        if self._high is self._low:
+            return
+        self._high.memory.append(high)
+        if most is None:
+            return
+        self._recent.append((low, high))
+        if len(self._recent) > most:
+            # All that stands behind the chunk that changes its level moves.
+            memory.length -= sum(recent.num_tokens for recent, _ in self._recent)
+            memory.append(self._recent.popleft()[1])
+            for recent, _ in self._recent:
+                memory.append(recent)
 
     def _place_vsts(self, state: _Pass, num_visual_tokens: int, ratio: int) -> Tensor | None:
         """Where the VSTs stand in the next window; None where every token stays."""
@@ -217,9 +257,7 @@ class VideoXLPrefill:
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
         _, projected = model.decoder([Window(window, state.memory, is_vst)])
-        kept = _stack(projected, is_vst, level, ratio)
-        state.memory.append(kept)
-        return kept
+        return _stack(projected, is_vst, level, ratio)
 
 
 @dataclass(slots=True)
@@ -246,4 +284,5 @@ def read_compression(config: dict[str, Any]) -> CompressionConfig:
         high_ratio=config.get("high_cmpr_ratio", default.high_ratio),
         edge_ratio=config.get("edge_ratio", default.edge_ratio),
         carry=config.get("carry", default.carry),
+        prefill_mode=config.get("prefill_mode", default.prefill_mode),
     )

@@ -44,8 +44,9 @@ def load_tiny(
     dtype: torch.dtype,
     low_ratio: int | None = None,
     high_ratio: int | None = None,
+    prefill_mode: str | None = None,
 ) -> VideoXL:
-    """The bundled model from ``folder``. The ratios override the configured ones (equal: one uniform compression).
+    """The bundled model from ``folder``. Ratios (equal: one uniform compression) and mode override the configured ones.
 
     Raises CheckpointError where the weights do not fit the configuration.
     """
@@ -54,7 +55,9 @@ def load_tiny(
     with torch.device("meta"):
         modules = TinyModules(decoder_config)
     load_into(modules, load_file(folder / "model.safetensors"))
-    return assemble(modules.to(device, dtype), config, folder, low_ratio=low_ratio, high_ratio=high_ratio)
+    return assemble(
+        modules.to(device, dtype), config, folder, low_ratio=low_ratio, high_ratio=high_ratio, prefill_mode=prefill_mode
+    )
 
 
 def assemble(
@@ -64,6 +67,7 @@ def assemble(
     *,
     low_ratio: int | None = None,
     high_ratio: int | None = None,
+    prefill_mode: str | None = None,
 ) -> VideoXL:
     """A servable model around trained (or, in tests, random) modules; the tokenizer comes from ``folder``."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -72,6 +76,7 @@ def assemble(
         compression,
         low_ratio=low_ratio or compression.low_ratio,
         high_ratio=high_ratio or compression.high_ratio,
+        prefill_mode=prefill_mode or compression.prefill_mode,
     )
     decoder_config = modules.decoder.config
     spec = ModelSpec(

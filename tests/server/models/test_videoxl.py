@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -138,3 +140,36 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(change: dict[str, torch
     tensors = {name: tensor for name, tensor in (checkpoint() | change).items() if tensor is not None}
     with pytest.raises(CheckpointError, match=named):
         load_decoder(CONFIG, tensors)
+
+
+@pytest.mark.parametrize(("mode", "num_low"), [("exact", 9), ("high-memory", 0), ("recent-1", 1), ("recent-2", 2)])
+def test_a_prefill_mode_is_what_the_l_pass_sees_of_earlier_chunks(tiny: VideoXL, mode: str, num_low: int) -> None:
+    chunks = [features(tiny, num_frames) for num_frames in (4, 3, 5, 2)]
+    model = copy(tiny)
+    model.compression = replace(tiny.compression, prefill_mode=mode)
+    prefill, resumed, pairs = model.prefill(), model.prefill(), []
+    for index, chunk in enumerate(chunks):
+        low, high = prefill.append(chunk, last=index == 3)
+        by_hand = tiny.prefill()
+        for past, (old_low, old_high) in enumerate(pairs):
+            by_hand.restore(len(chunks[past]), old_low if past >= index - num_low else old_high, old_high)
+        expected, same_high = by_hand.append(chunk, last=index == 3)
+        torch.testing.assert_close(low.keys, expected.keys)
+        torch.testing.assert_close(low.values, expected.values)
+        torch.testing.assert_close(high.keys, same_high.keys)  # the H pass is the same in every mode
+        pairs.append((low, high))
+        if index < 3:
+            resumed.restore(len(chunk), low, high)
+    again = resumed.append(chunks[3], last=True)
+    assert all(
+        torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in zip(again, pairs[3], strict=True)
+    )
+
+
+def test_the_prefill_mode_is_part_of_the_fingerprint(tiny: VideoXL) -> None:
+    other = load_model("tiny", device="cpu", dtype="float32", prefill_mode="high-memory")
+    assert (tiny.prefill_mode, other.prefill_mode) == ("exact", "high-memory")
+    assert other.fingerprint != tiny.fingerprint
+    for bad in ("recent-0", "recent", "EXACT", ""):
+        with pytest.raises(ValueError, match="prefill_mode"):
+            CompressionConfig(prefill_mode=bad)
