@@ -32,7 +32,6 @@ from server.video.frames import Frames
 from server.video.reader import Sampling, VideoInfo, VideoLimits, VideoReader
 
 THUMBNAIL_WIDTH = 320
-PREFILL_MODE = "exact"  # both passes as published, each over its own memory
 _CHUNKS_AHEAD = 2
 _WRITES_AHEAD = 4
 
@@ -123,7 +122,7 @@ class Ingest:
                 num_prefix_tokens=prefix.num_tokens,
                 prefix_nbytes=prefix.nbytes,
                 prefill_s=time.monotonic() - begin_s,
-                prefill_mode=PREFILL_MODE,
+                prefill_mode=self._model.prefill_mode,
             )
             self._videos.commit(self.key, manifest)
             self._check()
