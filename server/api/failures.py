@@ -74,7 +74,7 @@ def _not_the_clients_fault(error: Exception) -> ApiError:
     if isinstance(error, UploadBusy):
         return ApiError(409, str(error), param="upload_id", code="upload_busy", headers={"retry-after": "2"})
     if isinstance(error, QuotaExceeded):
-        return ApiError(413, str(error), param="file", code="store_quota_exceeded")
+        return ApiError(413, str(error), code="store_quota_exceeded")
     if isinstance(error, StoreFull):
         log.warning("the store is full: %s", error)
         return ApiError(507, "The store is full", code="store_full", headers=NO_RETRY)

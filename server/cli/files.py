@@ -1,7 +1,8 @@
-"""``x2l upload``, ``x2l files`` and ``x2l rm``."""
+"""``x2l upload``, ``x2l files``, ``x2l pin``, ``x2l unpin`` and ``x2l rm``."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
     app.command()(upload)
     app.command("files")(list_files)
+    app.command()(pin)
+    app.command()(unpin)
     app.command("rm")(remove)
 
 
@@ -26,11 +29,12 @@ def upload(
     fps: Annotated[float | None, typer.Option(help="Frames sampled a second instead of the model's rate.")] = None,
     max_frames: Annotated[int | None, typer.Option(help="Spread at most this many frames over the video.")] = None,
     expires_after_s: Annotated[int | None, typer.Option(help="Delete the file after so many seconds.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="The store's quota never removes the file.")] = False,
     base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key: ApiKey = "",
 ) -> None:
     """Uploads a video, waits until it is ready, and prints its id."""
-    form: dict[str, Any] = {}
+    form: dict[str, Any] = {"pinned": "true"} if pin else {}
     if fps is not None:
         form["fps"] = str(fps)
     if max_frames is not None:
@@ -65,21 +69,63 @@ def upload_file(client: httpx.Client, path: Path, form: dict[str, Any], console:
 
 
 def list_files(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = "") -> None:
-    """Lists the uploaded files, newest first."""
+    """Lists the uploaded files, newest first.
+
+    Sizes are in MB: the file itself, its detailed KVs (L) and its small ones (H).
+    """
     with connect(base_url, api_key) as client:
-        records = check(client.get("/v1/files")).json()["data"]
-    table = Table("id", "file", "status", "length", "chunks", "MB", box=None, header_style="bold")
-    for record in records:
-        video = record["video"]
+        records = check(client.get("/v1/files", params={"limit": 10_000})).json()["data"]
+    table = Table(box=None, header_style="bold", show_footer=bool(records), footer_style="bold")
+    sizes = [_sizes(record) for record in records]
+    totals = [sum(column) for column in zip(*sizes, strict=True)]
+    table.add_column("id", f"total {megabytes(sum(totals))} MB")
+    for name in ("file", "status", "length", "chunks"):
+        table.add_column(name)
+    for name, total in zip(("MB", "L MB", "H MB"), totals or (0, 0, 0), strict=True):
+        table.add_column(name, megabytes(total), justify="right")
+    table.add_column("expires")
+    table.add_column("pinned")
+    for record, nbytes in zip(records, sizes, strict=True):
+        video, expires_at = record["video"], record["expires_at"]
         table.add_row(
             record["id"],
             record["filename"],
             record["status"],
             clock(video["duration_s"]) if video else "",
             f"{video['chunks_done']}/{video['num_chunks']}" if video else "",
-            f"{record['bytes'] / 1e6:.1f}",
+            *map(megabytes, nbytes),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(expires_at)) if expires_at else "",
+            "yes" if record["pinned"] else "",
         )
-    Console(soft_wrap=True, markup=False).print(table)
+    Console(width=1000, soft_wrap=True, markup=False).print(table)  # rows that a narrow terminal may wrap, not cells
+
+
+def pin(
+    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID...", help="Ids, as x2l files lists them.")],
+    base_url: BaseUrl = DEFAULT_BASE_URL,
+    api_key: ApiKey = "",
+) -> None:
+    """Pins files: the store's quota never removes them.
+
+    They expire all the same.
+    """
+    _set_pinned(file_ids, True, base_url, api_key)
+
+
+def unpin(
+    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID...", help="Ids, as x2l files lists them.")],
+    base_url: BaseUrl = DEFAULT_BASE_URL,
+    api_key: ApiKey = "",
+) -> None:
+    """Lets the store's quota remove files again when they are the least recently used."""
+    _set_pinned(file_ids, False, base_url, api_key)
+
+
+def _set_pinned(file_ids: list[str], pinned: bool, base_url: str, api_key: str) -> None:
+    with connect(base_url, api_key) as client:
+        for file_id in file_ids:
+            check(client.post(f"/v1/files/{file_id}", json={"pinned": pinned}))
+            print(file_id)
 
 
 def remove(
@@ -97,3 +143,13 @@ def remove(
 def clock(seconds: float) -> str:
     """Seconds as mm:ss."""
     return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
+
+
+def megabytes(nbytes: int) -> str:
+    """Bytes in MB."""
+    return f"{nbytes / 1e6:.1f}"
+
+
+def _sizes(record: dict[str, Any]) -> tuple[int, int, int]:
+    kvs = record["video"]["bytes"] if record["video"] else {"low": 0, "high": 0}
+    return record["bytes"], kvs["low"], kvs["high"]

@@ -28,6 +28,11 @@ def x2l(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def sizes_of_kvs(live: Live, file_id: str) -> tuple[int, int]:
+    sizes = httpx.get(f"{live.url}/v1/files/{file_id}").json()["video"]["bytes"]
+    return sizes["low"], sizes["high"]
+
+
 def environment(**variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("X2L_")}
     return kept | {"OMP_NUM_THREADS": "1"} | variables
@@ -41,8 +46,14 @@ def test_upload_ask_list_and_remove(live: Live, video: Path) -> None:
     assert uploaded.returncode == 0, uploaded.stderr
     file_id = uploaded.stdout.strip()
     assert file_id.startswith("file-") and "\n" not in file_id
-    listed = run("files")
-    assert file_id in listed.stdout and "made.mp4" in listed.stdout
+    assert run("pin", file_id).stdout.strip() == file_id
+    header, *rows, total = run("files").stdout.splitlines()
+    [row] = [row.split() for row in rows if file_id in row]
+    sizes = [f"{nbytes / 1e6:.1f}" for nbytes in (video.stat().st_size, *sizes_of_kvs(live, file_id))]
+    assert row == [file_id, "made.mp4", "processed", "00:48", "2/2", *sizes, "yes"]
+    assert " ".join(header.split()) == "id file status length chunks MB L MB H MB expires pinned"
+    assert total.split()[0] == "total" and float(total.split()[1]) >= float(sizes[0])
+    assert run("unpin", file_id).returncode == 0 and " yes" not in run("files").stdout
     question = "What code is on the red star?"
     answer = run("ask", file_id, question, "--reload", "1", "--max-tokens", "5")
     assert answer.returncode == 0, answer.stderr
