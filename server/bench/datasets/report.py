@@ -10,6 +10,8 @@ from rich.table import Table
 from server.bench.datasets.item import Benchmark, Item
 from server.bench.interval import wilson
 
+_SHOWN = 5
+
 
 def summarize(benchmark: Benchmark, items: Sequence[Item], records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the records say about ``items``.
@@ -42,7 +44,9 @@ def summarize(benchmark: Benchmark, items: Sequence[Item], records: Mapping[str,
             "scored": len(scored),
             "unanswered": sum(verdict == "unanswered" for _, verdict in verdicts),
         },
-        "kv_tokens": _mean_tokens(replies),
+        "errors": {record["video"]: record["error"] for record in replies if record["error"] is not None},
+        "kv_tokens": _means(replies, "kv_tokens"),
+        "timings_ms": _means(replies, "timings_ms"),
     }
 
 
@@ -70,6 +74,9 @@ def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
     missing = [f"{count} {name}" for name, count in troubles.items() if count]
     if missing:
         lines.append(f"{items['answered']} of {items['all']} questions have a reply: {', '.join(missing)}")
+        shown = list(summary["errors"].items())
+        lines += [f"  {video}: {error}" for video, error in shown[:_SHOWN]]
+        lines += [f"  and {len(shown) - _SHOWN} more videos"] * (len(shown) > _SHOWN)
     if groups["unanswered"]:
         lines.append(f"{groups['unanswered']} replies name no option; the benchmark leaves them out")
     return lines
@@ -106,9 +113,10 @@ def _cell(verdicts: Iterable[bool]) -> dict[str, Any]:
     return {"right": right, "asked": asked, "share": share, "low": round(low, 4), "high": round(high, 4)}
 
 
-def _mean_tokens(records: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
-    found = [record["kv_tokens"] for record in records if record.get("kv_tokens")]
-    return {name: round(sum(cell[name] for cell in found) / len(found), 1) for name in found[0]} if found else None
+def _means(records: Iterable[Mapping[str, Any]], name: str) -> dict[str, float] | None:
+    """The mean of each figure that the server tells under ``name``; None from a server that tells none."""
+    found = [record[name] for record in records if record.get(name)]
+    return {key: round(sum(cell[key] for cell in found) / len(found), 1) for key in found[0]} if found else None
 
 
 def _row(cell: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvstore.errors import StoreError
+from server.bench.circumstances import circumstances
 from server.bench.datasets.asker import Asker, Asking, local_url
 from server.bench.datasets.item import Benchmark, DatasetError, Item
 from server.bench.datasets.records import Records
@@ -81,8 +81,8 @@ def run_dataset(
             progress=_progress(console, done=len(records.done & {item.id for item in items}), total=len(items)),
         )
         summary = summarize(benchmark, items, records.by_id)
-    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    (out / f"{name}.json").write_text(json.dumps(summary | {"run": run, "date": date}, indent=2) + "\n")
+    written = summary | {"run": run} | circumstances("x2l")
+    (out / f"{name}.json").write_text(json.dumps(written, indent=2) + "\n")
     console.print(table(summary))
     for line in [*verdict_lines(summary), f"written to {out / name}.json and .jsonl"]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -173,7 +173,8 @@ def _answer(asker: Asker, item: Item, part: Mapping[str, Any]) -> dict[str, Any]
         reply = asker.ask(item, part)
     except (ServerError, httpx.HTTPError) as error:
         return _record(item, error=error)
-    return _record(item) | {"reply": reply.text, "kv_tokens": reply.x2l.get("kv_tokens")}
+    told = {name: reply.x2l[name] for name in ("kv_tokens", "timings_ms") if name in reply.x2l}
+    return _record(item) | {"reply": reply.text} | told
 
 
 def _record(item: Item, *, error: Exception | None = None, missing: bool = False) -> dict[str, Any]:

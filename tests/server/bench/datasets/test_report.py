@@ -20,7 +20,13 @@ def item(name: str, group: str, category: str, dimension: str) -> Item:
 def replied(**replies: str | None) -> dict[str, dict[str, Any]]:
     """Records by id; None is an error."""
     return {
-        name: {"id": name, "error": None if reply is not None else "HTTP 500", "missing": False, "reply": reply}
+        name: {
+            "id": name,
+            "video": "v.mp4",
+            "error": None if reply is not None else "HTTP 500",
+            "missing": False,
+            "reply": reply,
+        }
         for name, reply in replies.items()
     }
 
@@ -47,7 +53,7 @@ def test_a_group_without_all_its_replies_does_not_count() -> None:
     assert summary["accuracy"]["asked"] == 0
     assert summary["accuracy"]["share"] is summary["mean"] is None
     assert summary["items"] == {"all": 8, "answered": 6, "missing_video": 0, "failed": 1, "not_asked": 1}
-    assert verdict_lines(summary)[1:] == ["6 of 8 questions have a reply: 1 failed, 1 not asked"]
+    assert verdict_lines(summary)[1:] == ["6 of 8 questions have a reply: 1 failed, 1 not asked", "  v.mp4: HTTP 500"]
 
 
 def test_videomme_leaves_out_what_names_no_option() -> None:
