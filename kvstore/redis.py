@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import redis
 from redis.backoff import ConstantBackoff
 from redis.cluster import RedisCluster
-from redis.exceptions import RedisClusterException
+from redis.exceptions import MovedError, RedisClusterException
 from redis.retry import Retry
 
 from kvstore.base import BlobStat, Data, Sealed, Store, new_buffer
@@ -259,6 +259,8 @@ class RedisStore(Store):
             if isinstance(error, redis.AuthenticationError) or isinstance(error.__cause__, redis.AuthenticationError):
                 message = f"{action}: {self._name} refuses the user or password of the store URL"
                 raise InvalidStoreURL(message) from error
+            if isinstance(error, MovedError):
+                raise InvalidStoreURL(f"{action}: {self._name} is a node of a cluster: add ?cluster=true") from error
             if isinstance(error, redis.OutOfMemoryError):
                 raise StoreFull(f"{action}: {self._name} is out of memory") from error
             raise StoreUnavailable(f"{action}: {self._name}: {error}") from error
