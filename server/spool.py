@@ -1,4 +1,4 @@
-"""A temporary folder that nobody has to clear by hand, however the process ends."""
+"""Temporary files that nobody has to clear by hand, however the process ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOCK = "lock"
 
 
 class Spool:
-    """A folder of this process alone, ``folder``, for files on their way in.
+    """A temporary folder of this process alone, ``folder``.
 
     It holds a locked file, and the lock falls with its process, however that ends. So opening a spool clears those of
     this user that a killed process has left behind, and no others.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from server.cli.client import connect
+from server.spool import Spool
 
 SEED = 7
 NUM_CHUNKS = 16
@@ -36,8 +37,8 @@ def demo() -> None:
     """
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server and files go
-    with tempfile.TemporaryDirectory(prefix="x2l-demo-") as folder:
-        all_right = _run(Path(folder), console)
+    with contextlib.closing(Spool()) as spool:
+        all_right = _run(spool.folder, console)
     if not all_right:
         sys.exit(1)
 
