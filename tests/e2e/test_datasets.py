@@ -135,11 +135,11 @@ def test_an_empty_selection(tmp_path: Path, clip: Path) -> None:
 
 
 class Stub:
-    """Another vendor's server: the first ``failures`` questions get a 500, then every answer is B. The question with
-    number ``held`` (from 1) waits for ``release``."""
+    """Another vendor's server: the first ``failures`` questions get ``status``, then every answer is B. The question
+    with number ``held`` (from 1) waits for ``release``."""
 
     def __init__(self) -> None:
-        self.failures = 0
+        self.failures, self.status = 0, 500
         self.held = 0
         self.holding, self.release = threading.Event(), threading.Event()
         self.asked: list[dict[str, Any]] = []
@@ -159,7 +159,7 @@ class Stub:
                     stub.holding.set()
                     stub.release.wait(60)
                 if number <= stub.failures:
-                    self._send(500, {"error": {"message": "out of order"}})
+                    self._send(stub.status, {"error": {"message": "out of order"}})
                 else:
                     self._send(200, {"choices": [{"message": {"role": "assistant", "content": "B"}}]})
 
@@ -167,6 +167,7 @@ class Stub:
                 payload = json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("content-length", str(len(payload)))
+                self.send_header("retry-after", "0.1")
                 self.end_headers()
                 self.wfile.write(payload)
 
@@ -220,6 +221,14 @@ def test_errors_of_the_server_do_not_end_the_run(stub: Stub, tmp_path: Path, cli
     assert summary["items"] == {"all": 4, "answered": 1, "missing_video": 0, "failed": 3, "not_asked": 0}
     assert {record["error"] for record in records(tmp_path / "mlvu.jsonl")} == {None, "out of order"}
     assert run_dataset("mlvu", data, **arguments)["items"]["answered"] == 4
+    assert len(stub.asked) == 4 + 3
+
+
+def test_a_busy_server_is_asked_again(stub: Stub, tmp_path: Path, clip: Path) -> None:
+    stub.failures, stub.status = 3, 429
+    data = made.mlvu_dev(tmp_path / "data", clip)
+    summary = run_dataset("mlvu", data, out=tmp_path, base_url=stub.url, media_root=data, console=quiet())
+    assert summary["items"]["answered"] == 4
     assert len(stub.asked) == 4 + 3
 
 

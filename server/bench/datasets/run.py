@@ -69,16 +69,17 @@ def run_dataset(
         model = _served(client, model if base_url else None, has_files=media_root is None)
         run = {"dataset": name, "model": model, "subtitles": subtitles, **asdict(asking)}
         records = stack.enter_context(Records(out / f"{name}.jsonl", run))
+        done = records.done
         stop = threading.Event()
         _ask_all(
             Asker(client, model, asking, stop),
-            [item for item in items if item.id not in records.done],
+            [item for item in items if item.id not in done],
             records,
             stop,
             data=data,
             media_root=media_root,
             concurrency=concurrency,
-            progress=_progress(console, done=len(records.done & {item.id for item in items}), total=len(items)),
+            progress=_progress(console, done=len(done & {item.id for item in items}), total=len(items)),
         )
         summary = summarize(benchmark, items, records.by_id)
     written = summary | {"run": run} | circumstances("x2l")
