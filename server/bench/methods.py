@@ -111,22 +111,24 @@ class BuiltForQuestion:
         return local.decode([question.text for question in questions], caches)
 
 
-def choose_methods(patterns: Sequence[str], *, dials: bool = True, local: bool = True) -> list[Method]:
-    """The methods whose names match one of ``patterns`` (shell style; none given: all of them) and that can be asked.
+def choose_methods(patterns: Sequence[str], *, local: bool = True, dials: bool = True) -> list[Method]:
+    """The methods whose names match one of ``patterns`` (shell style; none given: all) among those that can be asked.
 
     ``local``: in this process; otherwise of a server, which takes ``dials`` or not. Raises ValueError for a pattern
     that matches nothing and for an empty choice.
     """
-    names = [method.name for method in METHODS]
-    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
-    if unknown:
-        raise ValueError(f"no method is called {unknown[0]!r}; there are {', '.join(names)}")
-    chosen = [one for one in METHODS if not patterns or any(fnmatchcase(one.name, pattern) for pattern in patterns)]
-    if not local:
-        chosen = [one for one in chosen if one.remote] if dials else [PLAIN]
+    offered = METHODS if local else [*(one for one in METHODS if one.remote and dials), PLAIN]
+    for pattern in patterns:
+        if not any(fnmatchcase(one.name, pattern) for one in (*METHODS, PLAIN)):
+            raise ValueError(f"no method is called {pattern!r}; there are {_names(offered)}")
+    chosen = [one for one in offered if not patterns or any(fnmatchcase(one.name, pattern) for pattern in patterns)]
     if not chosen:
-        raise ValueError("none of these methods can be asked of a server: they need the model in this process")
+        raise ValueError(f"none of these methods can be asked here; there are {_names(offered)}")
     return chosen
+
+
+def _names(methods: Sequence[Method]) -> str:
+    return ", ".join(method.name for method in methods)
 
 
 def _local(video: AskedVideo) -> LocalVideo:
@@ -179,8 +181,8 @@ def _retrieve_by_attention(video: LocalVideo, question: Question) -> list[ChunkK
     return EVICTIONS["raw-retrieval"].keep(video.raw, video.default_tokens, scores)
 
 
-PLAIN: Method = Dialled("plain", "plain", lambda video, question: Dial())
-"""What a server answers that is told nothing: the only row of one that has no dials."""
+PLAIN: Method = Dialled("plain", "plain", lambda video, question: Dial(), at_default=True)
+"""What a server answers that is told nothing more; the only row of one that has no dials."""
 
 METHODS: list[Method] = [
     Dialled("low", "uniform", lambda video, question: Dial(mode="low")),

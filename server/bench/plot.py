@@ -58,7 +58,7 @@ def draw(summary: Sequence[Mapping[str, Any]], default: str, path: Path) -> None
         [*handles.values()],
         [*handles],
         loc="outside lower center",
-        ncols=2 if columns == 1 else 5,
+        ncols=min(len(handles) or 1, int(figure.get_figwidth() / 3.5)),
         frameon=False,
         fontsize=10,
     )

@@ -25,12 +25,11 @@ from server.bench.targets import check
 from server.models.registry import Device, DType
 
 SIZES: Mapping[str, Mapping[int, int]] = {
-    "quick": {8: 2, 16: 2},
+    "quick": {8: 3, 16: 3},
     "standard": {8: 7, 16: 10, 32: 7, 64: 6, 128: 3},
     "full": {8: 13, 16: 32, 32: 13, 64: 32, 128: 13},
 }
 """Length in chunks -> videos, of 16 questions each."""
-QUESTIONS_PER_VIDEO = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +64,15 @@ def run_quality(
     videos = choose_videos(seed, dict(counts))
     if not videos:
         raise ValueError("no videos: ask for at least one length and one video a length")
-    choose_methods(patterns)  # before a model is loaded
     with ExitStack() as stack:
         bench: Bench
         if target.base_url is not None:
             bench = stack.enter_context(RemoteBench(target.base_url, api_key=target.api_key, model=target.model))
-            methods = choose_methods(patterns, dials=bench.has_dials, local=False)
+            methods = choose_methods(patterns, local=False, dials=bench.has_dials)
             default, measured = PLAIN.name, {"server": target.base_url, "model": bench.model}
             console.print(f"{bench.model} at {target.base_url}: {', '.join(method.name for method in methods)}")
         else:
-            methods = choose_methods(patterns)
+            methods = choose_methods(patterns)  # before a model is loaded
             bench = stack.enter_context(LocalBench(target.model or "tiny", device=target.device, dtype=target.dtype))
             model = bench.model
             default = f"attention-{model.spec.default_reload}"

@@ -104,7 +104,7 @@ def _check(path: Path, configuration: dict[str, Any]) -> None:
         found = {}
     if not isinstance(found, dict):
         found = {}
-    for name in configuration.keys() | found.keys():
+    for name in (*configuration, *found):
         if found.get(name) != configuration.get(name):
             raise OtherRun(
                 f"{path.parent} holds a run with {name} {found.get(name)!r}, not {configuration.get(name)!r}: "

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from server.models.tiny.make_video import exam_entry, make_video, plan_video
+from server.models.tiny.make_video import MAX_CHUNKS, exam_entry, make_video, plan_video
 from server.models.tiny.world import FIRST_TRAINING_SEED
 
 FIRST_SEED = 1000
@@ -76,7 +76,13 @@ class SyntheticVideo:
 
 
 def choose_videos(seed: int, counts: dict[int, int]) -> list[SyntheticVideo]:
-    """``counts`` videos of every length in chunks, the same for the same ``seed``; more of them begin with the same."""
+    """``counts`` videos of every length in chunks, the same for the same ``seed``; more of them begin with the same.
+
+    Raises ValueError for a length that no video can have.
+    """
+    for chunks in counts:
+        if not 1 <= chunks <= MAX_CHUNKS:
+            raise ValueError(f"the number of chunks must lie in 1..{MAX_CHUNKS}, got {chunks}")
     videos = []
     for chunks, count in sorted(counts.items()):
         rng = Random(f"{seed} {chunks}")

@@ -1,0 +1,49 @@
+"""Which videos a run takes, and how their files come about."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from server.bench.synthetic import FIRST_SEED, SyntheticVideo, choose_videos, making
+from server.models.tiny.world import FIRST_TRAINING_SEED
+
+
+def test_a_seed_names_the_videos() -> None:
+    chosen = choose_videos(3, {16: 20, 8: 5})
+    assert chosen == choose_videos(3, {8: 5, 16: 20})
+    assert [video.chunks for video in chosen] == [8] * 5 + [16] * 20
+    assert len(set(chosen)) == 25
+    assert all(FIRST_SEED <= video.seed < FIRST_TRAINING_SEED for video in chosen)
+    assert not set(chosen) & set(choose_videos(4, {16: 20, 8: 5}))
+    assert choose_videos(3, {8: 9})[:5] == chosen[:5]  # a larger run begins with the smaller one's
+    assert choose_videos(3, {}) == []
+
+
+def test_missing_videos_are_made_and_kept(tmp_path: Path) -> None:
+    video, impossible = SyntheticVideo(chunks=1, seed=12345), SyntheticVideo(chunks=1, seed=-1)
+    with making([impossible, video], tmp_path, 1) as path_of:
+        path = path_of(video)
+        with pytest.raises(ValueError, match="seed must lie in"):
+            path_of(impossible)
+    assert path.is_file() and video.is_made(tmp_path)
+    before = path.stat().st_mtime_ns
+    with making([video], tmp_path) as path_of:
+        assert path_of(video) == path
+    assert path.stat().st_mtime_ns == before
+    assert [question.index for question in video.questions] == list(range(len(video.questions)))
+    exam = json.loads(path.with_suffix(".json").read_text())
+    assert [question.text for question in video.questions] == [one["question"] for one in exam["questions"]]
+
+
+@pytest.mark.parametrize("damage", ["other questions", "no JSON", "no video"])
+def test_a_file_of_another_generator_does_not_count(tmp_path: Path, damage: str) -> None:
+    video = SyntheticVideo(chunks=1, seed=12345)
+    path = tmp_path / video.filename
+    exam = {"questions": video.exam if damage != "other questions" else video.exam[1:]}
+    path.with_suffix(".json").write_text("{" if damage == "no JSON" else json.dumps(exam))
+    if damage != "no video":
+        path.touch()
+    assert not video.is_made(tmp_path)
