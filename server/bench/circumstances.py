@@ -20,10 +20,10 @@ from server.models.tiny.model import FOLDER
 _PACKAGES = ("torch", "transformers", "av")
 
 
-def circumstances(command: str) -> dict[str, Any]:
-    """``command`` is what runs the measurement again; the arguments are added to it."""
+def circumstances(*program: str) -> dict[str, Any]:
+    """``program`` is what runs the measurement again, with this process's arguments."""
     return {
-        "command": shlex.join([*command.split(), *sys.argv[1:]]),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_model(),
         "num_cpus": os.cpu_count(),

@@ -55,8 +55,9 @@ class LocalBench:
 
     def __init__(self, model: str = "tiny", *, device: Device = "auto", dtype: DType = "auto") -> None:
         """Raises as :func:`load_model`."""
-        self.name, self.device, self.dtype = model, device, dtype
-        self.model = load_model(model, device=device, dtype=dtype)
+        self.load = partial(load_model, model, device=device, dtype=dtype)
+        """Loads the model once more, with other settings."""
+        self.model = self.load()
         self._folder = tempfile.TemporaryDirectory(prefix="x2l-bench-")
         self._store: Store = DiskStore(Path(self._folder.name) / "store")
         self.engine = Engine(self.model, self._store, EngineOptions(max_batch=_BATCH, keep_video=False))
@@ -111,7 +112,7 @@ class LocalVideo:
         self.default_reload = self.model.spec.default_reload
         self.prefill_s = status.prefill_s or 0.0
         self._bench, self._store, self._record, self._status, self._path = bench, store, record, status, path
-        self._uniform: dict[int, list[ChunkKV]] = {}
+        self._prefilled: dict[tuple[object, ...], tuple[list[ChunkKV], list[ChunkKV]]] = {}
 
     @property
     def default_tokens(self) -> int:
@@ -139,14 +140,7 @@ class LocalVideo:
     @cached_property
     def features(self) -> list[Tensor]:
         """The visual tokens of every chunk ``[n, hidden]``, decoded and encoded once more. Raises VideoError."""
-        model, size = self.model, self.model.spec.frames_per_chunk
-        with VideoReader(self._path, Sampling(model.spec.fps), VideoLimits()) as reader:
-            parts = [(model.preprocess(frames), frames.times_s) for frames in reader]
-        pixels, times_s = torch.cat([part for part, _ in parts]), np.concatenate([times for _, times in parts])
-        return [
-            model.encode(pixels[start : start + size].to(model.device), times_s[start : start + size])
-            for start in range(0, len(pixels), size)
-        ]
+        return encode_video(self.model, self._path)
 
     @cached_property
     def raw(self) -> list[RawChunk]:
@@ -161,15 +155,21 @@ class LocalVideo:
         """Every chunk's raw KVs averaged to one token."""
         return [COMPRESSORS["pool"].compress(chunk, 1).kv for chunk in self.raw]
 
-    def uniform(self, ratio: int) -> list[ChunkKV]:
-        """The KVs of every chunk from a model with this one ratio at both levels."""
-        if ratio not in self._uniform:
-            bench = self._bench
-            model = load_model(bench.name, device=bench.device, dtype=bench.dtype, low_ratio=ratio, high_ratio=ratio)
+    def prefilled(
+        self, low_ratio: int | None = None, high_ratio: int | None = None, prefill_mode: str | None = None
+    ) -> tuple[list[ChunkKV], list[ChunkKV]]:
+        """The L-KVs and H-KVs that the model makes with these settings in place of its own."""
+        settings = low_ratio, high_ratio, prefill_mode
+        if settings not in self._prefilled:
+            model = self._bench.load(low_ratio=low_ratio, high_ratio=high_ratio, prefill_mode=prefill_mode)
             run, last = model.prefill(), self.num_chunks - 1
             pairs = [run.append(part, last=index == last) for index, part in enumerate(self.features)]
-            self._uniform[ratio] = [low for low, _ in pairs]
-        return self._uniform[ratio]
+            self._prefilled[settings] = [low for low, _ in pairs], [high for _, high in pairs]
+        return self._prefilled[settings]
+
+    def uniform(self, ratio: int) -> list[ChunkKV]:
+        """The KVs of every chunk at one ratio."""
+        return self.prefilled(ratio, ratio)[0]
 
     def ask(self, asked: Sequence[tuple[str, Dial]], scorer: Scorer | None = None) -> list[Reply]:
         """See :meth:`server.bench.video.AskedVideo.ask`."""
@@ -325,6 +325,18 @@ class LocalVideo:
 
     def _to_device(self, kv: ChunkKV) -> ChunkKV:
         return replace(kv, keys=kv.keys.to(self.model.device), values=kv.values.to(self.model.device))
+
+
+def encode_video(model: VideoModel, path: Path) -> list[Tensor]:
+    """The visual tokens ``[n, hidden]`` of every chunk of a video file. Raises VideoError."""
+    size = model.spec.frames_per_chunk
+    with VideoReader(path, Sampling(model.spec.fps), VideoLimits()) as reader:
+        parts = [(model.preprocess(frames), frames.times_s) for frames in reader]
+    pixels, times_s = torch.cat([part for part, _ in parts]), np.concatenate([times for _, times in parts])
+    return [
+        model.encode(pixels[start : start + size].to(model.device), times_s[start : start + size])
+        for start in range(0, len(pixels), size)
+    ]
 
 
 def _post(inbox: queue.SimpleQueue[tuple[int, Delta]], number: int, delta: Delta) -> None:

@@ -17,16 +17,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from common import circumstances, make_videos, parser, to_json, write
 from torch import Tensor
 
+from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from compression.score import AttentionScorer, CosineScorer
+from server.bench.local import encode_video
 from server.models.base import Turn, VideoModel
 from server.models.registry import load_model
-from server.video.reader import Sampling, VideoLimits, VideoReader
 
 MIN_GAIN = 1e-3
 
@@ -41,17 +41,10 @@ class Sample:
     cosine: Tensor
 
 
-def prefill(model: VideoModel, path: Path) -> list[Any]:
+def prefill(model: VideoModel, path: Path) -> list[ChunkKV]:
     """The H-KVs of a video file."""
-    with VideoReader(path, Sampling(), VideoLimits()) as reader:
-        parts = [(model.preprocess(frames), frames.times_s) for frames in reader]
-    pixels, times_s = torch.cat([part for part, _ in parts]), np.concatenate([times for _, times in parts])
-    size = model.spec.frames_per_chunk
-    run, high = model.prefill(), []
-    for start in range(0, len(pixels), size):
-        features = model.encode(pixels[start : start + size], times_s[start : start + size])
-        high.append(run.append(features, last=start + size >= len(pixels))[1])
-    return high
+    run, features = model.prefill(), encode_video(model, path)
+    return [run.append(part, last=index == len(features) - 1)[1] for index, part in enumerate(features)]
 
 
 def samples(model: VideoModel, seeds: Sequence[int], chunks: int) -> list[Sample]:

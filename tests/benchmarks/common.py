@@ -7,25 +7,16 @@ The scripts of this folder are run as ``python tests/benchmarks/NAME.py``. They 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
-import platform
-import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from server.bench import circumstances as measured
+from server.bench.circumstances import to_json
 from server.models.tiny.make_video import make_video
-from server.models.tiny.model import FOLDER
-
-PACKAGES = ("torch", "transformers", "av")
 
 
 @dataclass(frozen=True)
@@ -64,25 +55,9 @@ def make_videos(folder: Path, seeds: Sequence[int], chunks: int = 16) -> list[Vi
 
 
 def circumstances(given: argparse.Namespace) -> dict[str, Any]:
-    """The command, when and on what it ran, a fingerprint of the bundled weights, and the arguments."""
-    weights = b"".join((FOLDER / name).read_bytes() for name in ("model.safetensors", "config.json"))
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": _cpu_model(),
-        "num_cpus": os.cpu_count(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "model_sha256": hashlib.sha256(weights).hexdigest()[:16],
-        "arguments": {name: value for name, value in vars(given).items() if name != "out"},
-    }
-
-
-def to_json(result: Mapping[str, Any]) -> str:
-    """Indented, but a list of plain values stays on one line."""
-    text = json.dumps(result, indent=2)
-    return re.sub(
-        r"\[\n[^\[\]{}]+?\]", lambda plain: re.sub(r"\n\s*", " ", plain[0]).replace("[ ", "[")[:-2] + "]", text
-    )
+    """When and on what this ran, and the arguments."""
+    arguments = {name: value for name, value in vars(given).items() if name != "out"}
+    return measured.circumstances("python", sys.argv[0]) | {"arguments": arguments}
 
 
 def write(result: Mapping[str, Any], out: Path | None) -> None:
@@ -130,10 +105,3 @@ def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[
     for name, cells in rows.items():
         shown = (f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells)
         print(f"{name:28}" + "".join(f"{text:>11}" for text in shown), flush=True)
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
