@@ -10,13 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
 
 import torch
 
 from compression.kv import ChunkKV
 from kvstore.base import Store
-from kvstore.errors import CorruptBlob, DamagedVideo, MissingBlob, PoolFull, StoreError
+from kvstore.errors import CorruptBlob, DamagedVideo, MissingBlob, PoolError, PoolFull, StoreError
 from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import HighKV, ResidentPool
@@ -27,13 +26,12 @@ from server.engine.library import Library
 from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
 from server.engine.question import Phase, Question
+from server.engine.reads import Reads, Result
 from server.engine.request import Delta, Request
 from server.engine.sampler import sample
 from server.engine.scheduler import Scheduler
 from server.engine.video import Video
 from server.models.base import VideoModel
-
-Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -52,10 +50,10 @@ class Engine:
         self._model = model
         self._videos = VideoStore(store)
         self._pool = ResidentPool(options.resident_nbytes)
-        self._readers = ThreadPoolExecutor(options.reader_threads, "x2l-read")
         self._writers = ThreadPoolExecutor(options.writer_threads, "x2l-write")
         self._scheduler = Scheduler(max_batch=options.max_batch, prefill_share=options.prefill_share)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._reads = Reads(options.reader_threads, self._inbox.put)
         self._thread = threading.Thread(target=self._run, name="x2l-engine", daemon=True)
         self._lock = threading.Lock()  # guards the two below
         self._in_flight: dict[str, Question] = {}
@@ -68,6 +66,7 @@ class Engine:
         self.library = Library(
             model,
             store,
+            self._videos,
             self._pool,
             self._writers,
             options,
@@ -112,7 +111,7 @@ class Engine:
         if self._thread.is_alive():
             self._inbox.put(partial(setattr, self, "_stopped", True))
             self._thread.join()
-        self._readers.shutdown(cancel_futures=True)
+        self._reads.close()
         self._writers.shutdown()
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None]) -> None:
@@ -120,10 +119,12 @@ class Engine:
         Delta, and there is one whatever happens.
 
         Raises QueueFull, ContextLengthExceeded, FileNotFound, VideoFailed, SelectionError (the latter two as far as
-        they can be known now) and ShuttingDown; then ``on_delta`` is never called.
+        they can be known now), StoreError and ShuttingDown; then ``on_delta`` is never called.
         """
         options = self._options
         question = Question(request, on_delta, self._model, options)
+        if request.file_id is not None:
+            question.video = self.library.video(request.file_id, request.tenant)
         video = self._find_video(question)
         manifest = None if video is None else video.manifest
         if manifest is not None:
@@ -168,10 +169,13 @@ class Engine:
             with torch.inference_mode():
                 while not self._stopped:
                     busy = self.step()
+                    if not busy:
+                        self._check_pool()
                     with suppress(queue.Empty):
-                        self._inbox.get(block=not busy)()
+                        self._inbox.get(block=not busy, timeout=self._reads.time_left_s())()
                         while not self._stopped:
                             self._inbox.get_nowait()()
+                    self._reads.expire()
         except Exception:
             _log.exception("the engine has failed")
             error = ShuttingDown("the engine has failed")
@@ -186,15 +190,24 @@ class Engine:
         """From any thread: there may be something to do."""
         self._inbox.put(lambda: None)
 
+    def _check_pool(self) -> None:
+        """Whether the books balance, in an idle moment."""
+        try:
+            self._pool.check_integrity()
+        except PoolError as error:
+            _log.error("the device pool: %s", error)
+
     def _find_video(self, question: Question) -> Video | None:
-        """From any thread: the video that is asked about, if any. Raises FileNotFound, VideoFailed."""
-        file_id = question.request.file_id
+        """From any thread: the video that is asked about, if any, as far as is known without asking the store.
+
+        Raises FileNotFound, VideoFailed.
+        """
+        file_id, video = question.request.file_id, question.video
         if file_id is None:
             return None
-        question.video = video = self.library.video(file_id, question.request.tenant)
-        if video is None:
+        if video is None or not self.library.seen(file_id):
             raise FileNotFound(file_id)
-        if video.error is not None:
+        if video.error is not None and video.manifest is None:
             raise VideoFailed(file_id, video.error)
         return video
 
@@ -217,6 +230,8 @@ class Engine:
         if manifest is not None:
             question.check(manifest)
             self._lease(question, video, manifest)
+        elif not self._open:
+            raise ShuttingDown("the server is shutting down")
         elif job is not None:
             question.phase = Phase.WAITING
         else:
@@ -228,21 +243,23 @@ class Engine:
             question.phase = Phase.SCORE
         else:
             question.phase = Phase.LOADING
-            self._read(question, partial(self._videos.read_high, video.key), partial(self._loaded, video, manifest))
-        self._readers.submit(self.library.use, str(question.request.file_id))
+            work = partial(self._videos.read_high, video.key)
+            self._read(question, work, partial(self._loaded, video, manifest), self._options.load_timeout_s)
+        self.library.note_use(str(question.request.file_id))
 
     def _read(
         self,
         question: Question,
         work: Callable[[], Result],
         then: Callable[[Question, Future[Result]], None],
+        timeout_s: float,
     ) -> None:
-        """Has ``work`` done on a reader thread, then ``then`` on this one unless the question has ended."""
+        """Has ``work`` done on another thread, then ``then`` on this one unless the question has ended."""
 
         def done(future: Future[Result]) -> None:
-            self._inbox.put(lambda: self._attempt(question, lambda question: then(question, future)))
+            self._attempt(question, lambda question: then(question, future))
 
-        self._readers.submit(work).add_done_callback(done)
+        self._reads.submit(work, done, timeout_s)
 
     def _loaded(self, video: Video, manifest: Manifest, question: Question, future: Future[HighKV | None]) -> None:
         try:
@@ -270,13 +287,8 @@ class Engine:
         if question.healed:
             raise VideoFailed(str(question.request.file_id), "its KVs cannot be read from the store")
         question.healed = True
-        question.phase = Phase.WAITING
-        self._read(question, partial(self.library.heal, video, manifest), self._look_again)
-
-    def _look_again(self, question: Question, future: Future[None]) -> None:
-        future.result()
-        if question.phase is Phase.WAITING:  # not woken meanwhile by what the healing led to
-            question.phase = Phase.QUEUED
+        self.library.heal(video, manifest)
+        question.phase = Phase.QUEUED  # to look again
 
     def _video_changed(self, key: KVKey) -> None:
         for question in self._scheduler:
@@ -306,13 +318,13 @@ class Engine:
             question.phase = Phase.RELOADING
             indices = sorted(question.selection.chunks)
             work = partial(self._videos.read_low, question.video.key, indices)
-            self._read(question, work, partial(self._reloaded, indices))
+            self._read(question, work, partial(self._reloaded, indices), self._options.reload_timeout_s)
 
     def _reloaded(
         self, indices: list[int], question: Question, future: Future[list[ChunkKV | MissingBlob | CorruptBlob]]
     ) -> None:
         """An L-KV that cannot be read is no reason to fail: the H-KV is there."""
-        assert question.lease is not None
+        assert question.lease is not None and question.video is not None
         low: dict[int, ChunkKV] = {}
         try:
             for index, kv in zip(indices, future.result(), strict=True):
@@ -320,18 +332,20 @@ class Engine:
                     low[index] = kv
                 else:
                     _log.warning("an H-KV stands in: %s", kv)
+                    self.library.repair(question.video)
         except StoreError as error:
             _log.warning("H-KVs stand in: %s", error)
         question.reload(question.lease.kv, low)
         question.phase = Phase.PREFILL
 
     def _prefill(self, ingest: Ingest) -> None:
-        self.metrics.chunks.inc()
         begin_s = time.perf_counter()
-        ingest.step()
+        computed = ingest.step()
         took_s = time.perf_counter() - begin_s
         self._scheduler.account_prefill(took_s)
-        self.metrics.chunk_seconds.observe(took_s)
+        if computed:
+            self.metrics.chunks.inc()
+            self.metrics.chunk_seconds.observe(took_s)
 
     def _forward(self, questions: list[Question]) -> None:
         """One token for every question. If that fails they are tried one by one, so that only the guilty one fails."""

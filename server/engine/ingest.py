@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from compression.chunk import Chunk
 from compression.kv import ChunkKV
-from kvstore.errors import StoreError
 from kvstore.key import Fingerprint, KVKey
 from kvstore.manifest import ChunkRecord, Manifest
 from kvstore.resident import HighKV
@@ -44,12 +42,23 @@ class _Decoded:
     pixels: Tensor
     times_s: NDArray[np.float64]
     thumbnail: bytes
-    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One chunk that an earlier prefill has left in the store, whole."""
+
+    chunk: Chunk
+    low: ChunkKV
+    high: ChunkKV
 
 
 class Ingest:
     """The prefill of one video: :meth:`run` on a thread of its own decodes, waits and commits, :meth:`step` on the
     engine thread encodes and prefills one chunk, and ``writers`` put what that makes into the store.
+
+    What lies in the store already is not computed again. A prefill that was cut off goes on at the first chunk that is
+    missing; one that is to ``verify`` reads every chunk, and computes those that are damaged or gone.
 
     Frames run at most a few chunks ahead of the model, and KVs a few ahead of the store. ``wake`` is called whenever
     the engine thread may have something to do.
@@ -63,18 +72,24 @@ class Ingest:
         videos: VideoStore,
         writers: Executor,
         wake: Callable[[], None],
+        *,
+        verify: bool = False,
     ) -> None:
         self.key = key
         self.info: VideoInfo | None = None
-        """Known once the file is opened."""
+        """Known once the file was opened, here or before."""
         self.records: list[ChunkRecord] = []
-        """The chunks prefilled so far."""
+        """The chunks that are done."""
+        self.num_computed = 0
+        """Those of them that did not come from the store."""
         self._fingerprint = fingerprint
         self._model = model
         self._videos = videos
         self._writers = writers
         self._wake = wake
-        self._decoded: queue.Queue[_Decoded] = queue.Queue(_CHUNKS_AHEAD)
+        self._verify = verify
+        self._queue: queue.Queue[_Decoded | _Stored] = queue.Queue(_CHUNKS_AHEAD)
+        self._num_chunks = 0
         self._prefix: ChunkKV | None = None
         self._prefill: Prefill | None = None
         self._high: list[ChunkKV] = []
@@ -94,66 +109,57 @@ class Ingest:
     @property
     def has_chunk(self) -> bool:
         """Whether :meth:`step` has something to do."""
-        return not self._decoded.empty() and self._num_pending_writes < _WRITES_AHEAD
+        return not self._queue.empty() and self._num_pending_writes < _WRITES_AHEAD
 
     def run(self, path: Path, sampling: Sampling, limits: VideoLimits) -> tuple[Manifest, HighKV]:
         """Prefills and commits the video in the file ``path``; its table of contents and what stays on the device.
 
         Raises VideoError (VideoCancelled after :meth:`cancel`), PositionLimitError, StoreError and what else goes
-        wrong. Then nothing of the video is left in the store.
+        wrong. Then the chunks that were done stay in the store for another try.
         """
         begin_s = time.monotonic()
         try:
-            info = self._decode(path, sampling, limits)
+            self._feed(path, sampling, limits)
             self._prefilled.wait()
             self._check()
             for write in self._writes:
                 write.result()
-            prefix = self._prefix
-            assert prefix is not None  # made by the first step
-            self._videos.write_prefix(self.key, prefix)
-            manifest = Manifest(
-                fingerprint=self._fingerprint,
-                duration_s=info.duration_s,
-                width=info.width,
-                height=info.height,
-                num_frames=info.num_frames,
-                records=tuple(self.records),
-                num_prefix_tokens=prefix.num_tokens,
-                prefix_nbytes=prefix.nbytes,
-                prefill_s=time.monotonic() - begin_s,
-                prefill_mode=self._model.prefill_mode,
-            )
-            self._videos.commit(self.key, manifest)
-            self._check()
-            return manifest, HighKV(prefix, tuple(self._high))
+            manifest = self._commit(time.monotonic() - begin_s)
+            assert self._prefix is not None
+            return manifest, HighKV(self._prefix, tuple(self._high))
         except BaseException as error:
             cause = self._abort(error)
             wait(self._writes)
-            with suppress(StoreError):  # a store that fails now may be why we are here
-                self._videos.delete(self.key)
             if cause is error:
                 raise
             raise cause from error
         finally:
             self._ended.set()
 
-    def step(self) -> None:
-        """Encodes and prefills the next chunk. A failure ends this ingest, and is raised by :meth:`run`."""
-        decoded = self._decoded.get_nowait()
+    def step(self) -> bool:
+        """Prefills the next chunk, or takes it as it was stored; whether it had to be computed.
+
+        A failure ends this ingest, and is raised by :meth:`run`.
+        """
+        item = self._queue.get_nowait()
         try:
             if self._prefill is None:
                 self._prefix, self._prefill = self._model.prefix(), self._model.prefill()
-            features = self._model.encode(decoded.pixels.to(self._model.device), decoded.times_s)
-            low, high = self._prefill.append(features, last=decoded.last)
-            self._keep(decoded, len(features), low, high)
+            last = item.chunk.index == self._num_chunks - 1
+            if isinstance(item, _Stored):
+                self._restore(item, self._prefill)
+            else:
+                features = self._model.encode(item.pixels.to(self._model.device), item.times_s)
+                low, high = self._prefill.append(features, last=last)
+                self._write(item, low, high)
+            if last:
+                self._prefilled.set()
         except Exception as error:
             self._abort(error)
-        if decoded.last:
-            self._prefilled.set()
+        return isinstance(item, _Decoded)
 
     def cancel(self) -> None:
-        """Stops decoding and prefilling at once. From any thread; what was written goes when :meth:`run` ends."""
+        """Stops decoding and prefilling at once. From any thread."""
         self._abort(VideoCancelled("The upload was cancelled."))
 
     def abandon(self) -> None:
@@ -164,31 +170,71 @@ class Ingest:
         """Waits for :meth:`run` to end; whether it did in time."""
         return self._ended.wait(timeout_s)
 
-    def _decode(self, path: Path, sampling: Sampling, limits: VideoLimits) -> VideoInfo:
-        self._check()
-        with VideoReader(path, sampling, limits) as reader:
-            with self._lock:
-                self._reader = reader
-            self.info = reader.info
-            self._check()
-            for decoded in _collect(reader, plan_chunks(reader.info, self._model.spec.frames_per_chunk), self._model):
-                self._decoded.put(decoded)
-                self._wake()
-                self._check()
-            return reader.info
+    def _feed(self, path: Path, sampling: Sampling, limits: VideoLimits) -> None:
+        """Queues every chunk in order, from the store or from the file."""
+        if self.info is None:
+            with self._open(path, sampling, limits) as reader:
+                self.info = reader.info
+        plan = plan_chunks(self.info, self._model.spec.frames_per_chunk)
+        self._num_chunks = len(plan)
+        index, stored = 0, self._find(plan, 0)
+        while index < len(plan):
+            if stored is not None:
+                self._put(stored)
+                index += 1
+                stored = self._find(plan, index)
+                continue
+            first_frame = sum(chunk.num_frames for chunk in plan[:index])
+            with self._open(path, sampling, limits, first_frame) as reader:
+                for decoded in _collect(reader, plan[index:], self._model):
+                    self._put(decoded)
+                    index += 1
+                    stored = self._find(plan, index) if self._verify else None
+                    if stored is not None:
+                        break
 
-    def _keep(self, decoded: _Decoded, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
-        """Starts writing a chunk, unless the ingest was stopped meanwhile."""
+    def _open(self, path: Path, sampling: Sampling, limits: VideoLimits, first_frame: int = 0) -> VideoReader:
+        self._check()
+        reader = VideoReader(path, sampling, limits, first_frame=first_frame)
+        with self._lock:
+            self._reader = reader
+            cancelled = self._failure is not None
+        if cancelled:
+            reader.close()
+        return reader
+
+    def _find(self, plan: Sequence[Chunk], index: int) -> _Stored | None:
+        pair = self._videos.read_chunk(self.key, index) if index < len(plan) else None
+        return None if pair is None else _Stored(plan[index], *pair)
+
+    def _put(self, item: _Decoded | _Stored) -> None:
+        self._queue.put(item)
+        self._wake()
+        self._check()
+
+    def _restore(self, stored: _Stored, prefill: Prefill) -> None:
+        device = self._model.device
+        low, high = stored.low.to(device), stored.high.to(device)
+        num_visual_tokens = stored.chunk.num_frames * self._model.spec.tokens_per_frame
+        prefill.restore(num_visual_tokens, low, high)
+        self._note(stored.chunk, num_visual_tokens, low, high)
+
+    def _note(self, chunk: Chunk, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         self._high.append(high)
-        record = ChunkRecord(decoded.chunk, num_visual_tokens, low.num_tokens, high.num_tokens, low.nbytes, high.nbytes)
+        self.records.append(
+            ChunkRecord(chunk, num_visual_tokens, low.num_tokens, high.num_tokens, low.nbytes, high.nbytes)
+        )
+
+    def _write(self, decoded: _Decoded, low: ChunkKV, high: ChunkKV) -> None:
+        """Starts writing a chunk, unless the ingest was stopped meanwhile."""
+        chunk = decoded.chunk
         with self._lock:
             if self._failure is not None:
                 return
-            self.records.append(record)
+            self._note(chunk, chunk.num_frames * self._model.spec.tokens_per_frame, low, high)
+            self.num_computed += 1
             self._num_pending_writes += 1
-            write = self._writers.submit(
-                self._videos.write_chunk, self.key, decoded.chunk.index, low, high, decoded.thumbnail
-            )
+            write = self._writers.submit(self._videos.write_chunk, self.key, chunk.index, low, high, decoded.thumbnail)
             self._writes.append(write)
         write.add_done_callback(self._written)
 
@@ -199,6 +245,26 @@ class Ingest:
         if error is not None:
             self._abort(error)
         self._wake()
+
+    def _commit(self, prefill_s: float) -> Manifest:
+        info, prefix = self.info, self._prefix
+        assert info is not None and prefix is not None
+        self._videos.write_prefix(self.key, prefix)
+        manifest = Manifest(
+            fingerprint=self._fingerprint,
+            duration_s=info.duration_s,
+            width=info.width,
+            height=info.height,
+            num_frames=info.num_frames,
+            records=tuple(self.records),
+            num_prefix_tokens=prefix.num_tokens,
+            prefix_nbytes=prefix.nbytes,
+            prefill_s=prefill_s,
+            prefill_mode=self._model.prefill_mode,
+        )
+        self._check()
+        self._videos.commit(self.key, manifest)
+        return manifest
 
     def _check(self) -> None:
         with self._lock:
@@ -212,9 +278,9 @@ class Ingest:
             reader = self._reader
         if reader is not None:
             reader.close()
-        while not self._decoded.empty():  # a put that waits for room goes on, and finds the failure
+        while not self._queue.empty():  # a put that waits for room goes on, and finds the failure
             try:
-                self._decoded.get_nowait()
+                self._queue.get_nowait()
             except queue.Empty:
                 break
         self._prefilled.set()
@@ -253,7 +319,7 @@ def _collect(batches: Iterable[Frames], plan: Sequence[Chunk], model: VideoModel
             start = stop
             if num_frames == chunk.num_frames:
                 pixels, times_s = zip(*parts, strict=True)
-                yield _Decoded(chunk, torch.cat(pixels), np.concatenate(times_s), thumbnail, chunk is plan[-1])
+                yield _Decoded(chunk, torch.cat(pixels), np.concatenate(times_s), thumbnail)
                 parts, num_frames = [], 0
                 chunk = next(waiting, chunk)
 

@@ -1,4 +1,4 @@
-"""The files that a server knows. Their records lie in the store, so a restart finds them again."""
+"""The files that a server knows, and all replicas that share its store with it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from compression.chunk import Chunk
 from kvstore.base import Store
 from kvstore.content import ContentStore
-from kvstore.errors import CorruptBlob, PoolError, StoreError
+from kvstore.errors import CorruptBlob, PoolError, StoreError, StoreUnavailable
 from kvstore.key import ContentKey, KVKey
 from kvstore.manifest import Manifest
-from kvstore.quota import Quota
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
 from server.engine.ingest import Ingest
 from server.engine.options import EngineOptions
 from server.engine.prefills import Prefilled, Prefills
-from server.engine.record import RECORDS, FileRecord, FileSource, VideoStatus
+from server.engine.record import FileRecord, FileSource, VideoStatus
+from server.engine.records import Records
+from server.engine.room import Room
 from server.engine.video import Job, Video, fingerprint_of
 from server.models.base import VideoModel
 from server.video.reader import Sampling, VideoInfo, VideoReader
@@ -33,17 +35,23 @@ from server.video.reader import Sampling, VideoInfo, VideoReader
 __all__ = ["FileRecord", "Library", "VideoStatus"]
 
 _STOP_TIMEOUT_S = 10.0
+_QUOTA = "the store's quota removed it: upload it again"
+_DELETED = "its file was deleted"
 _log = logging.getLogger(__name__)
 
 
 class Library:
-    """Takes files in, has them prefilled, and forgets them. Any thread may call any method; those that read or write
-    the store, ``create`` above all, may block."""
+    """Takes files in, has them prefilled, and forgets them. Any thread may call any method; all but ``seen`` read or
+    write the store and may block, ``create`` above all.
+
+    What the store says of a file is asked whenever it is needed, because other replicas add, prefill and delete too.
+    """
 
     def __init__(
         self,
         model: VideoModel,
         store: Store,
+        videos: VideoStore,
         pool: ResidentPool,
         writers: Executor,
         options: EngineOptions,
@@ -56,53 +64,53 @@ class Library:
         """``on_ingest`` gets every prefill that begins, ``on_change`` the key of a video that became ready or failed,
         ``on_delete`` the id of a deleted file; ``wake`` tells the engine thread that a prefill has work for it."""
         self._model = model
-        self._store = store
-        self._videos = VideoStore(store)
+        self._videos = videos
         self._contents = ContentStore(store)
         self._pool = pool
-        quota_nbytes = options.store_quota_bytes
-        self._quota = None if quota_nbytes is None else Quota(store, quota_nbytes)
         self._options = options
         self._limits = options.limits_for(model.spec)
         self._on_change, self._on_delete = on_change, on_delete
+        self._key = lru_cache(maxsize=10_000)(self._make_key)
+        self._records = Records(store, on_gone=self._forget)
         self._prefills = Prefills(
             model,
             store,
+            videos,
             writers,
             options,
             on_ingest=on_ingest,
-            on_commit=lambda video: self._make_room(0, video),
+            on_look=self._look_in,
+            on_commit=lambda video: self._room.make(0, video),
             on_end=self._settle,
             wake=wake,
         )
+        self._room = Room(
+            store,
+            options.store_quota_bytes,
+            self._records,
+            key_of=self._key_of,
+            busy=self._busy,
+            on_removed=self._removed_by_quota,
+        )
         self._sweeper = threading.Thread(target=self._sweep, name="x2l-sweep", daemon=True)
         self._closing = threading.Event()
-        self._changes = threading.RLock()  # one create, delete or heal at a time: they look, then act on the store
-        self._lock = threading.Lock()  # guards the two tables, for moments only
-        self._files: dict[str, FileRecord] = {}
+        self._lock = threading.Lock()  # guards the table and what its videos are at, for moments only
         self._known: dict[KVKey, Video] = {}
+        self._notes = ThreadPoolExecutor(1, "x2l-note")
+        self._used: set[str] = set()
 
     def start(self) -> None:
-        """Reads the records from the store and goes on with the prefills that a restart has cut off."""
-        for blob in list(self._store.keys(RECORDS)):
-            try:
-                data = self._store.get(blob)
-                record = None if data is None else FileRecord.from_json(data)
-            except CorruptBlob as error:
-                _log.error("a file record is damaged and left out: %s", error)
-                continue
-            if record is not None:
-                self._resume(record)
+        """Goes on with the prefills that a restart has cut off, or another replica. Raises StoreError."""
+        self._prefills.open()
+        self._adopt(self._records.all())
         self._sweeper.start()
 
     def close(self) -> None:
         """Stops all prefills; their files stay ``uploaded`` and resume at the next start."""
-        self._closing.set()
-        with self._changes:
-            for video in list(self._known.values()):
-                if video.job is not None:
-                    video.job.stop(_STOP_TIMEOUT_S)
-        self._prefills.close()
+        with self._lock:
+            self._closing.set()
+        self._prefills.close(_STOP_TIMEOUT_S)
+        self._notes.shutdown(cancel_futures=True)
         if self._sweeper.is_alive():
             self._sweeper.join()
 
@@ -128,86 +136,89 @@ class Library:
         """
         taken = False
         try:
-            nbytes = path.stat().st_size
             digest = content_sha256 or _sha256(path)
+            now_ns, nbytes = time.time_ns(), path.stat().st_size
+            now_s = now_ns // 10**9
             key = self._key(digest, sampling, tenant)
+            ttl_s = self._options.inline_ttl_s if source == "inline" else expires_after_s
+            record = FileRecord(
+                # An inline video has one record, at whatever replica it arrives.
+                id=f"file-{key.digest[:24] if source == 'inline' else secrets.token_hex(12)}",
+                tenant=tenant,
+                filename=filename,
+                purpose=purpose,
+                nbytes=nbytes,
+                created_at=now_s,
+                created_ns=now_ns,
+                expires_at=None if ttl_s is None else now_s + ttl_s,
+                content_sha256=digest,
+                sampling=sampling,
+                source=source,
+                pinned=pinned,
+            )
+            info = None if self._manifest(key) is not None else self._probe(path, sampling)
+            self._keep(path, record, stored_nbytes)
+            with self._records.changing(record.content):
+                self._keep(path, record, stored_nbytes)  # unless another replica has deleted it just now
+                manifest = self._manifest(key)
+                known = self._records.get(record.id) if source == "inline" else None
+                if known is not None:
+                    record = replace(known, expires_at=record.expires_at)
+                record = replace(record, status="uploaded" if manifest is None else "processed", status_details=None)
+                self._records.put(record)
+            video = self._video_of(record)
             with self._lock:
-                known = self._known.get(key)
-            info = None
-            if (known is None or known.error is not None) and self._manifest(key) is None:
-                info = self._probe(path, sampling)
-            with self._changes:
-                video = self._open(digest, sampling, tenant)
-                self._keep(path, nbytes, stored_nbytes, video)
-                if video.manifest is None and video.job is None:
-                    self._prefills.start(video, path, info)
-                    taken = True
-                now_s = int(time.time())
-                record = self._same_inline(key, source) or FileRecord(
-                    id=f"file-{secrets.token_hex(12)}",
-                    tenant=tenant,
-                    filename=filename,
-                    purpose=purpose,
-                    nbytes=nbytes,
-                    created_at=now_s,
-                    expires_at=None,
-                    content_sha256=digest,
-                    sampling=sampling,
-                    source=source,
-                    pinned=pinned,
-                )
-                ttl_s = self._options.inline_ttl_s if source == "inline" else expires_after_s
-                record = replace(record, expires_at=None if ttl_s is None else now_s + ttl_s)
-                with self._lock:
-                    self._files[record.id] = record
-                self._save(record.id)
+                if manifest is None:
+                    video.manifest = None  # it may have gone elsewhere
+                    taken = self._prefill(video, path, info)
+                elif not video.repairable:
+                    video.repairable = True
+                    taken = self._prefill(video, path, info, verify=True)
+                elif video.job is None:
+                    video.manifest = manifest
             return self._snapshot(record)
         finally:
             if not taken:
                 path.unlink(missing_ok=True)
 
     def get(self, file_id: str, tenant: str) -> FileRecord | None:
-        """The file as it stands; None if this tenant has no such file."""
+        """The file as it stands; None if this tenant has no such file. Raises StoreError."""
         record = self._find(file_id, tenant)
-        return None if record is None else self._snapshot(record)
+        if record is None:
+            return None
+        with suppress(StoreUnavailable):  # then as it was last seen
+            self._look(record)
+        return self._snapshot(record)
 
     def list(self, tenant: str) -> list[FileRecord]:
-        """All files of a tenant, newest first."""
-        with self._lock:
-            records = [record for record in self._files.values() if record.visible_to(tenant)]
-        records.reverse()  # for those of the same second
-        return [self._snapshot(record) for record in sorted(records, key=lambda r: r.created_at, reverse=True)]
+        """All files of a tenant, newest first. Raises StoreError."""
+        records = [record for record in self._records.all() if record.visible_to(tenant)]
+        records.sort(key=lambda record: (record.created_at, record.created_ns, record.id), reverse=True)
+        return [self._snapshot(record) for record in records]
 
     def delete(self, file_id: str, tenant: str) -> bool:
         """Forgets a file; whether there was one. Questions on it end with FileNotFound. KVs and kept bytes go when no
         other file has them; a prefill for this file alone stops, and has left nothing in the store on return."""
-        with self._changes:
-            record = self._find(file_id, tenant)
-            return record is not None and self._remove(record)
+        record = self._find(file_id, tenant)
+        return record is not None and self._remove(record)
 
     def pin(self, file_id: str, tenant: str, pinned: bool) -> FileRecord | None:
         """Tells the quota to leave a file alone, or not to; None if this tenant has no such file. Raises StoreError."""
-        with self._changes:
-            record = self._find(file_id, tenant)
-            if record is None:
-                return None
-            record = replace(record, pinned=pinned)
-            with self._lock:
-                self._files[file_id] = record
-            self._save(file_id)
-        return self._snapshot(record)
+        record = self._find(file_id, tenant)
+        if record is not None:
+            record = self._records.change(record, lambda now: replace(now, pinned=pinned))
+        return None if record is None else self._snapshot(record)
 
     def make_room(self, nbytes: int) -> None:
         """Removes unpinned videos, least recently used first, until ``nbytes`` more fit under the store's quota.
 
         Raises QuotaExceeded, with nothing removed, if they never would.
         """
-        self._make_room(nbytes)
+        self._room.make(nbytes)
 
     def check_room(self, nbytes: int) -> None:
         """Raises QuotaExceeded if ``make_room`` would. Removes nothing."""
-        if self._quota is not None:
-            self._quota.check_room(nbytes, self._spared(None))
+        self._room.check(nbytes)
 
     def chunks(self, record: FileRecord) -> Sequence[tuple[Chunk, int, int, bool]]:
         """``(chunk, low tokens, high tokens, resident)`` of every chunk prefilled so far."""
@@ -225,71 +236,107 @@ class Library:
 
     def content(self, record: FileRecord) -> Iterator[bytes] | None:
         """The file's bytes; None if they were not kept. Raises StoreError, also while iterating."""
-        content = self._contents.get(ContentKey.of(record.content_sha256, record.tenant))
+        content = self._contents.get(record.content)
         return None if content is None else content.read()
 
     def video(self, file_id: str, tenant: str) -> Video | None:
-        """What a file holds; None if this tenant has no such file."""
+        """What a file holds; None if this tenant has no such file. Raises StoreError."""
         record = self._find(file_id, tenant)
-        return None if record is None else self._video_of(record)
+        return None if record is None else self._look(record)
 
-    def use(self, file_id: str) -> None:
-        """Notes a question about a file: quotas and an inline file's expiry go by the last use."""
+    def seen(self, file_id: str) -> bool:
+        """Whether the file exists, as far as is known here without asking the store."""
+        return self._records.seen(file_id) is not None
+
+    def note_use(self, file_id: str) -> None:
+        """Notes a question about a file: quotas and an inline file's expiry go by the last use. Does not block."""
+        with self._lock:
+            if file_id in self._used or self._closing.is_set():
+                return
+            self._used.add(file_id)
+            self._notes.submit(self._note_use, file_id)
+
+    def _note_use(self, file_id: str) -> None:
+        with self._lock:
+            self._used.discard(file_id)
+        record = self._records.seen(file_id)
+        if record is None:
+            return
+        ttl_s, now_s = self._options.inline_ttl_s, int(time.time())
         try:
-            self._use(file_id)
+            self._videos.touch(self._key_of(record))
+            self._contents.touch(record.content)
+            if record.source == "inline" and (record.expires_at or 0) < now_s + 0.95 * ttl_s:
+                self._records.change(record, lambda now: replace(now, expires_at=now_s + ttl_s))
         except StoreError as error:
             _log.warning("a use could not be noted: %s", error)
 
-    def _use(self, file_id: str) -> None:
-        with self._lock:
-            record = self._files.get(file_id)
-        if record is None:
-            return
-        key = self._key_of(record)
-        self._videos.touch(key)
-        self._contents.touch(ContentKey.of(record.content_sha256, record.tenant))
-        ttl_s, now_s = self._options.inline_ttl_s, int(time.time())
-        if record.source == "inline" and (record.expires_at or 0) < now_s + 0.95 * ttl_s:
-            with self._lock:
-                if file_id in self._files:
-                    self._files[file_id] = replace(record, expires_at=now_s + ttl_s)
-            self._save(file_id)
-
     def heal(self, video: Video, manifest: Manifest | None) -> None:
-        """Prefills again a video of which what ``manifest`` promises is gone or damaged, or lets it fail if its bytes
-        are not kept; does nothing if that was seen to already. Returns at once; the end of the prefill comes through
-        ``on_change``. Raises StoreError."""
-        with self._changes:
-            with self._lock:
-                gone = self._known.get(video.key) is not video
-            settled = video.job is not None or video.error is not None or video.manifest is not manifest
-            if gone or settled or self._closing.is_set():
+        """Prefills again a video whose H-KVs or manifest, which ``manifest`` promises, are gone or damaged; does
+        nothing if that was seen to already. Returns at once; the end comes through ``on_change``."""
+        with self._lock:
+            gone = self._known.get(video.key) is not video
+            if gone or video.error is not None or video.manifest is not manifest or self._closing.is_set():
                 return
             video.manifest = None
             self._pool.discard(video.key)
-            self._videos.delete(video.key)
-            if self._contents.get(video.content) is None:
-                self._fail(video, "its KVs are no longer in the store and its bytes were not kept: upload it again")
-            else:
-                self._prefills.start(video, None, None)
+            self._prefill(video, None, None, verify=True)
 
-    def _video_of(self, record: FileRecord) -> Video | None:
+    def repair(self, video: Video) -> None:
+        """Makes again, in the background, the L-KVs of a video that are gone or damaged, if its bytes are kept. It
+        answers questions meanwhile."""
         with self._lock:
-            return self._known.get(self._key_of(record))
+            if self._known.get(video.key) is video and video.manifest is not None and video.repairable:
+                self._prefill(video, None, None, verify=True)
+
+    def _prefill(self, video: Video, path: Path | None, info: VideoInfo | None, *, verify: bool = False) -> bool:
+        """Gives a video a job unless it has one; whether ``path`` was taken over. Under the lock."""
+        if video.job is not None or self._closing.is_set():
+            return False
+        self._prefills.start(video, path, info, verify=verify)
+        return True
 
     def _find(self, file_id: str, tenant: str) -> FileRecord | None:
-        with self._lock:
-            record = self._files.get(file_id)
+        record = self._records.get(file_id)
         return record if record is not None and record.visible_to(tenant) else None
 
-    def _snapshot(self, record: FileRecord) -> FileRecord:
+    def _video_of(self, record: FileRecord) -> Video:
+        """The video of a record, from the table or new there."""
+        key = self._key_of(record)
+        with self._lock:
+            video = self._known.get(key)
+            if video is None:
+                fingerprint = fingerprint_of(self._model, record.sampling)
+                video = self._known[key] = Video(key, record.content, fingerprint, record.sampling)
+        return video
+
+    def _look(self, record: FileRecord) -> Video:
+        """The video of a record; what is not known of it here is looked up. A prefill that nobody seems to look after
+        gets a job, which waits for whoever does."""
         video = self._video_of(record)
-        if video is None:
+        if video.manifest is not None or video.job is not None:
+            return video
+        manifest = self._manifest(video.key)
+        with self._lock:
+            if video.manifest is None and video.job is None:
+                video.manifest = manifest
+                failed = manifest is None and record.status == "error"
+                video.error = record.status_details if failed else None
+                if manifest is None and record.status == "uploaded":
+                    self._prefill(video, None, None)
+        return video
+
+    def _snapshot(self, record: FileRecord) -> FileRecord:
+        with self._lock:
+            video = self._known.get(self._key_of(record))
+        status = None if video is None else video.status
+        if video is None or status is None:
             return record
         described = video.describe(self._model.spec.frames_per_chunk) or record.video
-        return replace(record, status=video.status, status_details=video.error, video=described)
+        details = video.error if status == "error" else None
+        return replace(record, status=status, status_details=details, video=described)
 
-    def _key(self, content_sha256: str, sampling: Sampling, tenant: str) -> KVKey:
+    def _make_key(self, content_sha256: str, sampling: Sampling, tenant: str) -> KVKey:
         return KVKey.of(content_sha256, fingerprint_of(self._model, sampling), tenant)
 
     def _key_of(self, record: FileRecord) -> KVKey:
@@ -306,140 +353,135 @@ class Library:
         with VideoReader(path, sampling, self._limits) as reader:
             return reader.info
 
-    def _open(self, content_sha256: str, sampling: Sampling, tenant: str) -> Video:
-        """The video of this key, from the table or the store, or a new one."""
-        key = self._key(content_sha256, sampling, tenant)
-        with self._lock:
-            video = self._known.get(key)
-        if video is None:
-            content = ContentKey.of(content_sha256, tenant)
-            video = Video(key, content, fingerprint_of(self._model, sampling), sampling, self._manifest(key))
-            with self._lock:
-                self._known[key] = video
-        return video
-
-    def _keep(self, path: Path, nbytes: int, stored_nbytes: int, video: Video) -> None:
-        if self._options.keep_video and self._contents.get(video.content) is None:
-            self._make_room(nbytes - stored_nbytes, video)
+    def _keep(self, path: Path, record: FileRecord, stored_nbytes: int) -> None:
+        if self._options.keep_video and self._contents.get(record.content) is None:
+            self._room.make(record.nbytes - stored_nbytes, self._video_of(record))
             with path.open("rb") as file:
-                self._contents.put(video.content, file)
+                self._contents.put(record.content, file)
 
-    def _make_room(self, nbytes: int, video: Video | None = None) -> None:
-        if self._quota is None:
-            return
-        removed = self._quota.make_room(nbytes, self._spared(video))
-        for key in removed:
-            if isinstance(key, KVKey):
-                self._pool.discard(key)  # a question on it then finds it gone, and heals it
-        with self._lock:
-            videos = list(self._known.values())
-        for hit in videos:
-            if hit.key in removed or hit.content in removed:
-                self._fail_if_lost(hit)
+    def _files_of(self, video: Video) -> Sequence[FileRecord]:
+        return [record for record in self._records.all_seen() if self._key_of(record) == video.key]
 
-    def _spared(self, video: Video | None) -> set[KVKey | ContentKey]:
-        """What the quota must leave alone: ``video``, what is being prefilled, and what is pinned."""
-        with self._lock:
-            busy = [other for other in self._known.values() if other is video or other.job is not None]
-            pinned = [record for record in self._files.values() if record.pinned]
-        keys: set[KVKey | ContentKey] = {key for other in busy for key in (other.key, other.content)}
-        for record in pinned:
-            keys |= {self._key_of(record), ContentKey.of(record.content_sha256, record.tenant)}
-        return keys
+    def _save(self, video: Video) -> int:
+        """Writes down how the video's files stand; how many there are."""
+        count = 0
+        for record in self._files_of(video):
+            now = self._records.get(record.id)
+            if now is not None and now != self._snapshot(now):
+                now = self._records.change(now, self._snapshot)
+            count += now is not None
+        return count
 
-    def _fail_if_lost(self, video: Video) -> None:
-        """A file of which the quota has left nothing says so, before it is asked about."""
-        if video.manifest is not None and not any(self._store.stat(key.manifest) for key in (video.key, video.content)):
-            video.manifest = None
-            self._fail(video, "the store's quota removed it: upload it again")
+    def _look_in(self, video: Video) -> str | None:
+        """Tells other replicas how far a prefill is; why it is no longer wanted, if that is so."""
+        job = video.job
+        if job is not None and job.running:
+            return None if self._save(video) else _DELETED
+        files = [self._records.get(record.id) for record in self._files_of(video)]
+        left = [record for record in files if record is not None]
+        if not left:
+            return _DELETED
+        failed = all(record.status == "error" for record in left)
+        return left[0].status_details if failed and job is not None and job.path is None else None
 
-    def _same_inline(self, key: KVKey, source: FileSource) -> FileRecord | None:
-        if source != "inline":
+    def _forget(self, record: FileRecord) -> None:
+        """Lets go of a file that was deleted, here or elsewhere, and stops a prefill for it alone."""
+        video = self._detach(record)
+        if video is not None and video.job is not None:
+            self._prefills.stop(video.job)
+        self._on_delete(record.id)
+
+    def _detach(self, record: FileRecord) -> Video | None:
+        key = self._key_of(record)
+        if any(self._key_of(other) == key for other in self._records.all_seen()):
             return None
         with self._lock:
-            records = list(self._files.values())
-        return next((r for r in records if r.source == "inline" and self._key_of(r) == key), None)
-
-    def _save(self, file_id: str) -> None:
-        """Writes a record as it stands, unless it was deleted meanwhile."""
-        with self._changes:
-            with self._lock:
-                record = self._files.get(file_id)
-            if record is not None:
-                self._store.put(record.blob, self._snapshot(record).to_json())
-
-    def _save_all(self, video: Video) -> None:
-        with self._lock:
-            records = list(self._files.values())
-        for record in records:
-            if self._key_of(record) == video.key:
-                self._save(record.id)
+            video = self._known.pop(key, None)
+        self._pool.discard(key)
+        return video
 
     def _remove(self, record: FileRecord) -> bool:
-        self._store.delete(record.blob)
-        key = self._key_of(record)
         with self._lock:
-            self._files.pop(record.id, None)
-            others = list(self._files.values())
-            video = None if any(self._key_of(other) == key for other in others) else self._known.pop(key, None)
-        self._on_delete(record.id)
-        if video is not None:
-            if video.job is not None:
-                video.job.stop(_STOP_TIMEOUT_S)
-            self._pool.discard(key)
-            self._videos.delete(key)
-        if all((o.content_sha256, o.tenant) != (record.content_sha256, record.tenant) for o in others):
-            self._contents.delete(ContentKey.of(record.content_sha256, record.tenant))
-        return True
+            video = self._known.get(self._key_of(record))
+        job = None if video is None else video.job
+        with self._records.changing(record.content):
+            deleted = self._records.delete(record)  # and forgotten by that
+        if job is not None and job.stopped:
+            job.ended.wait(_STOP_TIMEOUT_S)
+        self._clear(self._key_of(record), record.content)
+        return deleted
 
-    def _resume(self, record: FileRecord) -> None:
-        with self._changes:
-            video = self._open(record.content_sha256, record.sampling, record.tenant)
-            with self._lock:
-                self._files[record.id] = record
-            if video.manifest is not None or video.job is not None:
-                return
-            if record.status == "error":
-                video.error = record.status_details
-            elif record.status == "uploaded":
-                self.heal(video, None)
+    def _clear(self, key: KVKey, content: ContentKey) -> None:
+        """Removes what no file refers to any more."""
+        with self._records.changing(content):
+            records = self._records.all()
+            if all(self._key_of(record) != key for record in records):
+                self._videos.delete(key)
+            if all(record.content != content for record in records):
+                self._contents.delete(content)
 
-    def _settle(self, video: Video, job: Job, result: Prefilled | str) -> None:
-        """Notes the end of a prefill, if it is still wanted: what it made, or why it failed. On its own thread."""
+    def _settle(self, video: Video, job: Job, result: Prefilled | str | None) -> None:
+        """Notes the end of a prefill: what it made, or why there is nothing. On its own thread or the keeper's."""
         with self._lock:
-            if self._known.get(video.key) is not video or video.job is not job:
-                return
-            if isinstance(result, str):
-                video.error = result
+            wanted = self._known.get(video.key) is video
+            if not wanted or result is None:
+                pass
+            elif isinstance(result, Prefilled):
+                if result.high is not None:
+                    with suppress(PoolError):  # then it is read from the store when it is asked about
+                        self._pool.put(video.key, result.high).release()
+                video.manifest, video.repairable = result.manifest, True
+            elif video.manifest is not None:
+                _log.warning("a damaged video could not be repaired: %s", result)
+                video.repairable = False
             else:
-                with suppress(PoolError):  # then it is read from the store when it is asked about
-                    self._pool.put(video.key, result.high).release()
-                video.manifest = result.manifest
-            video.job = None
+                video.error = result
+            if video.job is job:  # last, for those who look without the lock
+                video.job = None
         try:
-            if isinstance(result, str):
+            if wanted and video.error is not None:
                 self._videos.delete(video.key)
-            self._save_all(video)
-        except StoreError as cause:
-            _log.error("a file record could not be written: %s", cause)
+            if not wanted or (result is not None and not self._save(video)):
+                self._clear(video.key, video.content)
+        except StoreError as error:
+            _log.error("the end of a prefill could not be written down: %s", error)
         self._on_change(video.key)
 
-    def _fail(self, video: Video, error: str) -> None:
-        video.error = error
-        self._save_all(video)
-        self._on_change(video.key)
+    def _busy(self) -> Sequence[Video]:
+        with self._lock:
+            return [video for video in self._known.values() if video.job is not None]
+
+    def _removed_by_quota(self, record: FileRecord, has_kvs: bool, has_bytes: bool) -> None:
+        """A question makes KVs again from the bytes; a file that has neither says so before it is asked about."""
+        if has_kvs:
+            return
+        key = self._key_of(record)
+        self._pool.discard(key)
+        with self._lock:
+            video = self._known.get(key)
+            if video is not None:
+                video.manifest = None
+                video.error = None if has_bytes else _QUOTA
+        if not has_bytes:
+            self._records.change(record, lambda now: replace(now, status="error", status_details=_QUOTA))
+
+    def _adopt(self, records: Sequence[FileRecord]) -> None:
+        """Sees to it that all that is not yet prefilled will be."""
+        for record in records:
+            if record.status == "uploaded" and not record.expired and self._look(record).manifest is not None:
+                self._records.change(record, self._snapshot)
 
     def _sweep(self) -> None:
-        """Deletes expired files until the library closes."""
+        """Deletes expired files, and adopts those of replicas that are gone, until the library closes."""
         while not self._closing.wait(self._options.sweep_interval_s):
-            with self._lock:
-                expired = [record for record in self._files.values() if record.expired]
-            for record in expired:
-                try:
-                    with self._changes:
+            try:
+                records = self._records.all()
+                for record in records:
+                    if record.expired:
                         self._remove(record)
-                except StoreError as error:
-                    _log.warning("an expired file could not be deleted yet: %s", error)
+                self._adopt(records)
+            except StoreError as error:
+                _log.warning("expired files could not be deleted yet: %s", error)
 
 
 def _sha256(path: Path) -> str:

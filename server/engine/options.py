@@ -16,6 +16,10 @@ class EngineOptions:
     ``max_batch`` requests hold a cache and run; ``max_queue`` more may wait. One pass takes at most ``prompt_step``
     tokens of a prompt, so that a long one holds nobody up. ``prefill_share`` of the engine's time goes to uploads
     while questions are running as well, and the rest to the questions. ``spool`` is the folder for temporary files.
+
+    A prefill holds its video by a lease of ``lease_s``, which another replica takes over when it lapses. A question
+    waits ``reload_timeout_s`` for its L-KVs before H-KVs stand in, and ``load_timeout_s`` for its H-KVs; a prefill
+    waits ``store_patience_s`` for a store that is away.
     """
 
     max_batch: int = 16
@@ -34,6 +38,10 @@ class EngineOptions:
     sweep_interval_s: float = 30.0
     reader_threads: int = 4
     writer_threads: int = 2
+    lease_s: float = 10.0
+    reload_timeout_s: float = 5.0
+    load_timeout_s: float = 15.0
+    store_patience_s: float = 60.0
 
     def limits_for(self, spec: ModelSpec) -> VideoLimits:
         """The limits of a video for a model, which may not be able to tell the time of a longer one."""

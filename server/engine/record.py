@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from compression.chunk import Chunk
 from kvstore.errors import CorruptBlob
+from kvstore.key import ContentKey
 from server.video.reader import Sampling
 
 FileStatus = Literal["uploaded", "processed", "error"]
@@ -57,7 +58,8 @@ class VideoStatus:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A snapshot of one file. ``nbytes`` of content, Unix times in whole seconds, ``tenant`` as in a Request.
+    """A snapshot of one file. ``nbytes`` of content, Unix times in whole seconds, ``tenant`` as in a Request;
+    ``created_ns`` puts those of one second in order.
 
     ``pinned`` keeps the store's quota from removing it; it expires all the same.
     ``status_details`` tells why the status is ``error``. ``video`` is None where nothing is known of it.
@@ -73,6 +75,7 @@ class FileRecord:
     content_sha256: str
     sampling: Sampling
     source: FileSource
+    created_ns: int = 0
     pinned: bool = False
     status: FileStatus = "uploaded"
     status_details: str | None = None
@@ -82,6 +85,11 @@ class FileRecord:
     def blob(self) -> str:
         """The key of the stored record."""
         return f"{RECORDS}{self.id}"
+
+    @property
+    def content(self) -> ContentKey:
+        """The key of the kept bytes."""
+        return ContentKey.of(self.content_sha256, self.tenant)
 
     @property
     def expired(self) -> bool:

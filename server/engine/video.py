@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from dataclasses import dataclass
+import threading
+import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.key import ContentKey, Fingerprint, KVKey
@@ -14,28 +15,35 @@ from server.models.base import VideoModel
 from server.video.reader import Sampling, VideoInfo
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
-    """A prefill that is queued or running. ``path`` is its temporary file; None: the kept bytes are used."""
+    """A prefill that is waiting, for its turn or for the end of another replica's, or running.
+
+    ``path`` is its temporary file; None: the kept bytes are used. With ``verify`` what the store holds is not trusted:
+    every chunk is read, and made again where it is damaged or gone.
+    """
 
     ingest: Ingest
-    path: Path | None
-    future: Future[None] | None = None
-
-    def stop(self, timeout_s: float) -> None:
-        """Cancels it and waits until it has cleaned up, at most ``timeout_s``."""
-        if self.future is not None and self.future.cancel():  # never started
-            if self.path is not None:
-                self.path.unlink(missing_ok=True)
-            return
-        self.ingest.cancel()
-        self.ingest.wait_ended(timeout_s)
+    path: Path | None = None
+    verify: bool = False
+    running: bool = False
+    stopped: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Of its lease on the video."""
+    guard: threading.Lock = field(default_factory=threading.Lock)
+    """Held while its lease is renewed or given back."""
+    due_s: float = 0.0
+    """When to look again whether another replica has done it, or whether the store is back; on the monotonic clock."""
+    failing_since_s: float | None = None
+    """Since when the store has been away."""
 
 
 @dataclass(slots=True, eq=False)
 class Video:
-    """Exactly one of these holds: a ``manifest`` (ready), a ``job`` (being prefilled), an ``error``, or none of them,
-    which is a video that was ready once and will be prefilled again when it is next asked about."""
+    """What is known here of one content under one key. With a ``manifest`` it is ready, and a ``job`` beside that
+    repairs it. Without one it is being prefilled by its ``job``, or has failed with an ``error``, or is not looked
+    after here: it was ready once and will be prefilled again when it is asked about."""
 
     key: KVKey
     content: ContentKey
@@ -44,12 +52,16 @@ class Video:
     manifest: Manifest | None = None
     job: Job | None = None
     error: str | None = None
+    repairable: bool = True
 
     @property
-    def status(self) -> FileStatus:
-        if self.error is not None:
-            return "error"
-        return "uploaded" if self.job is not None else "processed"
+    def status(self) -> FileStatus | None:
+        """None where only its files' records can tell."""
+        if self.manifest is not None:
+            return "processed"
+        if self.job is not None:
+            return "uploaded"
+        return None if self.error is None else "error"
 
     def describe(self, frames_per_chunk: int) -> VideoStatus | None:
         """How it stands; None while its file has not been opened, and where nothing came of it."""

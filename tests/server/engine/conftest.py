@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from clips import Clip, Clips
+from until import until
 
 from compression.select import Dial
 from kvstore.base import Store
@@ -129,6 +130,15 @@ class Driver:
                 return now
             pause.wait(0.01)
         raise AssertionError("still uploaded")
+
+    def wait_whole(self, record: FileRecord) -> None:
+        """Waits until nothing of a file is being made any more."""
+        until(lambda: self.engine.library.video(record.id, record.tenant).job is None, TIMEOUT_S)
+
+    @property
+    def num_prefilled(self) -> int:
+        """Chunks that were computed."""
+        return int(self.engine.metrics.registry.get_sample_value("x2l_prefilled_chunks_total") or 0)
 
     def start(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from clips import Clip
 
 from compression.select import Dial
+from kvstore.base import Sealed
 from kvstore.errors import StoreUnavailable
 from kvstore.memory import MemoryStore
 from server.engine.errors import DeviceOutOfMemory, RequestFailed, ShuttingDown, VideoFailed
@@ -26,9 +28,23 @@ class FlakyStore(MemoryStore):
 
     broken: str | None = None
 
-    def _read(self, key: str) -> tuple[bytes, bytearray] | None:
+    def _read(self, key: str) -> Sealed | None:
         if self.broken and self.broken in key:
             raise StoreUnavailable(f"cannot read {key}")
+        return super()._read(key)
+
+
+class HangingStore(MemoryStore):
+    """L-KVs are not read before ``released`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+        self.released.set()
+
+    def _read(self, key: str) -> Sealed | None:
+        if "/low/" in key:
+            assert self.released.wait(60)
         return super()._read(key)
 
 
@@ -36,24 +52,75 @@ def key_of(driver: Any, end: str) -> str:
     return next(filter(lambda key: key.endswith(end), driver.store.keys()))
 
 
-@pytest.mark.parametrize("damage", ["flip", "delete", "garbage"])
-def test_an_unreadable_low_kv_degrades_the_answer(drive: Drive, four_chunks: Clip, damage: str) -> None:
+def damage(store: MemoryStore, key: str, how: str) -> None:
+    """Does to a stored blob what a failing medium or an evicting store does."""
+    if how == "flip":
+        blob = store._blobs[key]
+        payload = bytearray(blob.payload)
+        payload[-1] ^= 1
+        blob.payload = memoryview(payload)
+    elif how == "delete":
+        store.delete(key)
+    else:
+        store.put(key, b"garbage")
+
+
+@pytest.mark.parametrize("how", ["flip", "delete", "garbage"])
+def test_an_unreadable_low_kv_degrades_the_answer_until_it_is_made_again(
+    drive: Drive, four_chunks: Clip, how: str
+) -> None:
     driver = drive()
     record = driver.upload(four_chunks)
-    whole = driver.ask(record, dial=Dial(chunks=(1, 2))).outcome
+    whole = driver.ask(record, dial=Dial(chunks=(1, 2)))
     key = key_of(driver, "low/00001")
-    if damage == "flip":
-        blob = driver.store._blobs[key]
-        blob.payload = blob.payload[:-1] + bytes([blob.payload[-1] ^ 1])
-    elif damage == "delete":
-        driver.store.delete(key)
-    else:
-        driver.store.put(key, b"garbage")
+    intact = bytes(driver.store.get(key))
+    damage(driver.store, key, how)
     answer = driver.ask(record, dial=Dial(chunks=(1, 2)))
     assert answer.outcome.degraded and answer.finish_reason == "length"
-    assert answer.outcome.mixed_tokens < whole.mixed_tokens and answer.outcome.selection == whole.selection
+    assert answer.outcome.mixed_tokens < whole.outcome.mixed_tokens
+    assert answer.outcome.selection == whole.outcome.selection
     assert answer.text == driver.ask(record, dial=Dial(chunks=(2,))).text
-    assert not driver.ask(record, dial=Dial(chunks=(0, 3))).outcome.degraded
+    assert driver.engine.library.get(record.id, "").status == "processed"
+    driver.wait_whole(record)
+    assert driver.store.get(key) == intact and driver.num_prefilled == 5
+    healed = driver.ask(record, dial=Dial(chunks=(1, 2)))
+    assert not healed.outcome.degraded and healed.text == whole.text
+
+
+def test_a_damaged_low_kv_is_healed_by_an_upload_where_bytes_are_not_kept(drive: Drive, four_chunks: Clip) -> None:
+    driver = drive(keep_video=False)
+    record = driver.upload(four_chunks)
+    text = driver.ask(record).text
+    for key in list(driver.store.keys("kv/")):
+        if "/low/" in key:
+            damage(driver.store, key, "flip")
+    for _ in range(2):
+        assert driver.ask(record).outcome.degraded
+        driver.wait_whole(record)
+    assert driver.engine.library.get(record.id, "").status == "processed" and driver.num_prefilled == 4
+    driver.upload(four_chunks)
+    driver.wait_whole(record)
+    answer = driver.ask(record)
+    assert answer.text == text and not answer.outcome.degraded and driver.num_prefilled == 8
+
+
+def test_a_damaged_manifest_is_written_again_without_computing_anything(drive: Drive, four_chunks: Clip) -> None:
+    before = drive()
+    record = before.upload(four_chunks)
+    text = before.ask(record).text
+    before.engine.close()
+    damage(before.store, key_of(before, "manifest"), "flip")
+    after = drive(before.store)
+    assert after.ask(record).text == text and after.num_prefilled == 0
+
+
+def test_a_damaged_record_is_written_again_as_it_was_last_seen(drive: Drive, four_chunks: Clip) -> None:
+    driver = drive()
+    record = driver.upload(four_chunks)
+    text = driver.ask(record).text
+    damage(driver.store, f"file/{record.id}", "flip")
+    assert driver.ask(record).text == text
+    assert driver.engine.library.list("") == [record]
 
 
 def test_a_store_that_is_away_degrades_and_comes_back(drive: Drive, four_chunks: Clip) -> None:
@@ -85,6 +152,24 @@ def test_a_damaged_high_kv_is_healed_from_the_kept_bytes(drive: Drive, four_chun
     else:
         assert all(isinstance(answer.error, VideoFailed) for answer in answers)
         assert after.engine.library.get(record.id, "").status == "error"
+
+
+def test_a_store_that_hangs_holds_one_question_up_and_no_other(drive: Drive, four_chunks: Clip) -> None:
+    store = HangingStore()
+    driver = drive(store, reload_timeout_s=0.3, max_tokens=20_000)
+    record = driver.upload(four_chunks)
+    text = driver.ask(record).text
+    other = driver.start(record, dial=Dial(mode="high"), max_tokens=20_000)
+    store.released.clear()
+    try:
+        answers = [driver.start(record) for _ in range(6)]  # more than there are reading threads
+        for answer in answers:
+            assert answer.outcome.degraded and answer.outcome.mixed_tokens == answer.outcome.high_tokens
+        assert not other.ended.is_set()
+        driver.engine.cancel(other.id)
+    finally:
+        store.released.set()
+    assert driver.ask(record).text == text
 
 
 def test_high_kvs_out_of_reach_fail_the_question_alone(drive: Drive, four_chunks: Clip) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from clips import Clip, Clips, blank_media, read_time_s
 from PIL import Image
+from until import until
 
 from compression.select import Dial
 from kvstore.disk import DiskStore
@@ -30,20 +31,8 @@ from server.video.reader import Sampling, VideoLimits
 Drive = Callable[..., Any]
 
 
-def until(condition: Callable[[], object]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came true")
-
-
 def decoders() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-
-
-def prefilled_chunks(driver: Any) -> float:
-    return driver.engine.metrics.registry.get_sample_value("x2l_prefilled_chunks_total")
 
 
 def test_a_processed_file_tells_what_it_is(drive: Drive, four_chunks: Clip) -> None:
@@ -82,11 +71,11 @@ def test_known_content_is_processed_at_once(drive: Drive, four_chunks: Clip) -> 
     first = driver.upload(four_chunks)
     second = driver.upload(four_chunks, wait=False, filename="again.mp4")
     assert second.status == "processed" and second.id != first.id and second.video == first.video
-    assert prefilled_chunks(driver) == 4
+    assert driver.num_prefilled == 4
     other = driver.upload(four_chunks, sampling=Sampling(0.5))
-    assert other.video.num_frames == 7 and prefilled_chunks(driver) == 6
+    assert other.video.num_frames == 7 and driver.num_prefilled == 6
     driver.upload(four_chunks, tenant="f" * 64)
-    assert prefilled_chunks(driver) == 10  # tenants share nothing
+    assert driver.num_prefilled == 10  # tenants share nothing
 
 
 def test_two_uploads_at_the_same_time_share_one_prefill(drive: Drive, four_chunks: Clip) -> None:
@@ -98,7 +87,7 @@ def test_two_uploads_at_the_same_time_share_one_prefill(drive: Drive, four_chunk
     for thread in threads:
         thread.join()
     assert [record.status for record in records] == ["processed"] * 3
-    assert prefilled_chunks(driver) == 4
+    assert driver.num_prefilled == 4
     assert len({record.id for record in records}) == 3
 
 
@@ -213,18 +202,26 @@ def test_a_video_past_the_models_positions_is_an_error(
     assert record.status == "error" and "60 positions" in record.status_details
 
 
-def test_an_interrupted_upload_resumes(drive: Drive, long_clip: Clip, tmp_path: Path) -> None:
+def test_an_interrupted_upload_resumes_at_the_first_missing_chunk(
+    drive: Drive, long_clip: Clip, tmp_path: Path
+) -> None:
+    whole = drive()
+    text = whole.ask(whole.upload(long_clip)).text
     store = MemoryStore()
     before = drive(store)
     record = before.upload(long_clip, wait=False)
-    until(lambda: before.engine.library.get(record.id, "").video.chunks_done >= 2)
+    until(lambda: before.engine.library.get(record.id, "").video.chunks_done >= 5)
     before.engine.close()
-    assert not list(store.keys("kv/")) and decoders() == []
-    assert list(tmp_path.glob("upload-*")) == []
+    assert decoders() == [] and list(tmp_path.glob("upload-*")) == []
+    done = {key.rpartition("/")[2] for key in store.keys("kv/") if "/thumb/" in key}
+    store.delete(next(key for key in store.keys("kv/") if key.endswith("high/00004")))
     after = drive(store)
     assert after.engine.library.get(record.id, "").status == "uploaded"
-    assert after.ask(record).error is None
+    assert after.ask(record).text == text
     assert after.engine.library.get(record.id, "").status == "processed"
+    assert len(done) >= 5 and after.num_prefilled == 50 - 4
+    blobs = {key: bytes(whole.store.get(key)) for key in whole.store.keys("kv/") if not key.endswith("manifest")}
+    assert blobs == {key: bytes(store.get(key)) for key in store.keys("kv/") if not key.endswith("manifest")}
 
 
 def test_an_interrupted_upload_whose_bytes_were_not_kept_fails(drive: Drive, long_clip: Clip) -> None:
@@ -258,10 +255,10 @@ def test_another_model_prefills_its_own(drive: Drive, fresh_model: Callable[...,
     after = drive(store, model=fresh_model(high_cmpr_ratio=4))
     outcome = after.ask(record).outcome
     assert outcome.high_tokens > before.engine._model.prefix().num_tokens + record.video.tokens_high
-    assert prefilled_chunks(after) == 4
+    assert after.num_prefilled == 4
     after.engine.close()
     again = drive(store)
-    assert again.ask(record).text == text and prefilled_chunks(again) == 0
+    assert again.ask(record).text == text and again.num_prefilled == 0
 
 
 def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
@@ -303,7 +300,7 @@ def test_a_file_whose_kvs_the_quota_removed_is_healed_from_its_bytes(drive: Driv
     driver.engine.library.make_room(10**9 - two_chunks.path.stat().st_size - 2000)
     assert list(driver.store.keys("kv/")) == []
     assert driver.engine.library.get(record.id, "").status == "processed"
-    assert driver.ask(record).text == text and prefilled_chunks(driver) == 4
+    assert driver.ask(record).text == text and driver.num_prefilled == 4
     with pytest.raises(QuotaExceeded):
         driver.engine.library.check_room(10**9 + 1)
 
@@ -325,7 +322,7 @@ def test_a_question_prefills_an_evicted_video_again(drive: Drive, four_chunks: C
     driver.engine._pool.discard(key)
     answers = [driver.start(record) for _ in range(3)]
     assert [answer.wait().text for answer in answers] == [text] * 3
-    assert prefilled_chunks(driver) == 8
+    assert driver.num_prefilled == 8
 
 
 def test_a_video_larger_than_the_quota_fails_and_leaves_no_kvs(drive: Drive, four_chunks: Clip) -> None:
