@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import httpx
 import typer
@@ -13,6 +15,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColum
 from rich.table import Table
 
 from server.cli.client import DEFAULT_BASE_URL, ApiKey, BaseUrl, ServerError, check, connect, event_stream
+
+IN_PARTS_ABOVE_NBYTES = 512 * 2**20
+PART_NBYTES = 64 * 2**20
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,28 +39,25 @@ def upload(
     api_key: ApiKey = "",
 ) -> None:
     """Uploads a video, waits until it is ready, and prints its id."""
-    form: dict[str, Any] = {"pinned": "true"} if pin else {}
-    if fps is not None:
-        form["fps"] = str(fps)
-    if max_frames is not None:
-        form["max_frames"] = str(max_frames)
+    form: dict[str, Any] = {"fps": fps, "max_frames": max_frames, "pinned": pin}
     if expires_after_s is not None:
-        form |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(expires_after_s)}
+        form["expires_after"] = {"anchor": "created_at", "seconds": expires_after_s}
+    form = {name: value for name, value in form.items() if value is not None}
     with connect(base_url, api_key) as client:
         record = upload_file(client, file, form, Console(stderr=True))
     print(record["id"])
 
 
 def upload_file(client: httpx.Client, path: Path, form: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Uploads with a progress bar through bytes and prefill; the processed file object. Raises ServerError."""
+    """Uploads with a progress bar through bytes and prefill; the processed file object. ``form`` holds the optional
+    fields, as the JSON of ``POST /v1/uploads`` has them. Raises ServerError."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns[:3], DownloadColumn(), console=console) as progress, path.open("rb") as file:
-        task = progress.add_task("upload", total=path.stat().st_size)
+        nbytes = path.stat().st_size
+        task = progress.add_task("upload", total=nbytes)
         source = progress.wrap_file(file, task_id=task)
-        reply = client.post(
-            "/v1/files", data={"purpose": "user_data"} | form, files={"file": (path.name, source, "video/mp4")}
-        )
-        record: dict[str, Any] = check(reply).json()
+        send = _send if nbytes <= IN_PARTS_ABOVE_NBYTES else _send_in_parts
+        record = send(client, source, path.name, nbytes, form)
     with (
         Progress(*columns, console=console) as progress,
         event_stream(client, "GET", f"/v1/files/{record['id']}/events") as states,
@@ -65,6 +67,40 @@ def upload_file(client: httpx.Client, path: Path, form: dict[str, Any], console:
             progress.update(task, completed=(record["video"] or {}).get("progress", 0.0))
     if record["status"] != "processed":
         raise ServerError(record["status_details"] or "the server stopped before the video was ready")
+    return record
+
+
+def _send(client: httpx.Client, file: BinaryIO, name: str, nbytes: int, form: dict[str, Any]) -> dict[str, Any]:
+    data = {"purpose": "user_data"}
+    for field, value in form.items():
+        if field == "expires_after":
+            data |= {f"{field}[{key}]": str(item) for key, item in value.items()}
+        else:
+            data[field] = json.dumps(value)
+    record: dict[str, Any] = check(client.post("/v1/files", data=data, files={"file": (name, file)})).json()
+    return record
+
+
+def _send_in_parts(
+    client: httpx.Client, file: BinaryIO, name: str, nbytes: int, form: dict[str, Any]
+) -> dict[str, Any]:
+    """A cut connection costs one part and not the whole."""
+    body = {"filename": name, "purpose": "user_data", "bytes": nbytes, "mime_type": "application/octet-stream"}
+    url = f"/v1/uploads/{check(client.post('/v1/uploads', json=body | form)).json()['id']}"
+    md5 = hashlib.md5(usedforsecurity=False)
+    part_ids = []
+    while data := file.read(PART_NBYTES):
+        md5.update(data)
+        for pause_s in (1, 2, 4, 8, None):
+            try:
+                part_ids.append(check(client.post(f"{url}/parts", files={"data": data})).json()["id"])
+                break
+            except httpx.TransportError:
+                if pause_s is None:
+                    raise
+                time.sleep(pause_s)
+    done = check(client.post(f"{url}/complete", json={"part_ids": part_ids, "md5": md5.hexdigest()}))
+    record: dict[str, Any] = done.json()["file"]
     return record
 
 

@@ -17,7 +17,11 @@ import httpx
 import openai
 import pytest
 from live import MODEL, Live, Serve, ask
+from redis_servers import RedisServer
+from rich.console import Console
 
+from server.cli import files as cli_files
+from server.cli.client import connect
 from server.engine import uploads as engine_uploads
 from server.engine.uploads import Uploads
 
@@ -108,6 +112,17 @@ def test_what_was_asked_for_at_the_beginning_holds_for_the_file(live: Live, vide
         processed = client.files.wait_for_processing(file["id"], poll_interval=0.1).to_dict()
         assert processed["video"]["num_frames"] == 10
         client.files.delete(file["id"])
+
+
+def test_x2l_sends_a_large_file_in_parts(live: Live, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_files, "IN_PARTS_ABOVE_NBYTES", 0)
+    monkeypatch.setattr(cli_files, "PART_NBYTES", 100_000)
+    fields = {"max_frames": 8, "expires_after": {"anchor": "created_at", "seconds": 7200}}
+    with connect(live.url, "") as client:
+        file = cli_files.upload_file(client, video, fields, Console(quiet=True))
+        assert (file["status"], file["bytes"], file["video"]["num_frames"]) == ("processed", video.stat().st_size, 8)
+        assert file["expires_at"] == file["created_at"] + 7200
+        client.delete(f"/v1/files/{file['id']}")
 
 
 def test_parts_in_parallel_and_in_any_order(live: Live, video: Path, parts: list[bytes]) -> None:
@@ -306,3 +321,29 @@ def test_one_key_never_sees_anothers_uploads(serve: Serve) -> None:
         with pytest.raises(openai.AuthenticationError), live.client("third") as third:
             third.uploads.cancel(upload.id)
         assert first.uploads.cancel(upload.id).status == "cancelled"
+
+
+@pytest.fixture
+def replicas(serve: Serve, tmp_path: Path) -> Iterator[tuple[Live, Live]]:
+    """Two servers that share a Redis."""
+    with RedisServer(tmp_path) as redis, serve(store=redis.url) as one, serve(store=redis.url) as two:
+        yield one, two
+
+
+def test_any_replica_takes_any_part(replicas: tuple[Live, Live], video: Path, parts: list[bytes]) -> None:
+    one, two = replicas
+    upload = create(one, video.stat().st_size).json()["id"]
+    sent = [send(live, upload, data).json()["id"] for live, data in zip((two, one, one, two, one), parts, strict=True)]
+    for live in replicas:
+        assert [part["id"] for part in httpx.get(f"{live.url}/v1/uploads/{upload}").json()["parts"]] == sent
+    with ThreadPoolExecutor(4) as threads:
+        replies = list(threads.map(lambda live: finish(live, upload, sent), [one, two, one, two]))
+    assert sorted(reply.status_code for reply in replies)[0] == 200
+    ids = {file["id"] for live in replicas for file in httpx.get(f"{live.url}/v1/files").json()["data"]}
+    assert ids == {reply.json()["file"]["id"] for reply in replies if reply.status_code == 200} and len(ids) == 1
+    assert {reply.json()["error"]["code"] for reply in replies if reply.status_code != 200} <= {
+        "upload_busy",
+        "upload_completed",
+    }
+    assert httpx.get(f"{two.url}/v1/uploads/{upload}").json()["status"] == "completed"
+    assert not one.backend.store.nbytes(f"upload/{upload}/part/")
