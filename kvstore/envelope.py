@@ -17,8 +17,8 @@ from zlib_ng.zlib_ng import crc32
 from kvstore.errors import CorruptBlob, FormatVersionError
 
 # One number for the envelope, the codec and the manifest. It is part of every fingerprint too, so that KVs of two
-# versions live side by side in one store.
-FORMAT_VERSION = 1
+# versions live side by side in one store. Since version 2 a KV may be int8; version 1 is read as it is.
+FORMAT_VERSION = 2
 
 _MAGIC = b"X2LB"
 _FIELDS = struct.Struct("<4sIQI")

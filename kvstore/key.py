@@ -21,8 +21,9 @@ class Fingerprint:
     """Everything besides the video's content that its KVs depend on.
 
     ``model`` names the weights and every setting that changes a KV (chunk length, edge rule, ...). ``low_ratio`` and
-    ``high_ratio`` are visual tokens per KV token, ``dtype`` the dtype of the KVs ("float32", "bfloat16", ...).
-    ``fps`` and ``max_frames`` are the sampling. Raises ValueError for an fps that is no positive number.
+    ``high_ratio`` are visual tokens per KV token, ``dtype`` the dtype of the KVs ("float32", "bfloat16", ...),
+    ``low_precision`` how the L-KVs are stored (kvstore.codec). ``fps`` and ``max_frames`` are the sampling.
+    Raises ValueError for an fps that is no positive number.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Fingerprint:
     dtype: str
     fps: float
     max_frames: int | None
+    low_precision: str = "exact"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -21,15 +21,17 @@ class VideoStore:
     StoreUnavailable; writing raises StoreFull, reading FormatVersionError.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, low_precision: codec.Precision = "exact") -> None:
+        """``low_precision`` is that of the L-KVs written here, and must be in their fingerprint; reading needs none."""
         self._store = store
+        self._low_precision = low_precision
 
     def write_prefix(self, key: KVKey, prefix: ChunkKV) -> None:
         self._store.put(key.prefix, codec.encode(prefix))
 
     def write_chunk(self, key: KVKey, index: int, low: ChunkKV, high: ChunkKV, thumbnail: bytes) -> None:
         """``thumbnail`` is a JPEG."""
-        self._store.put(key.low(index), codec.encode(low))
+        self._store.put(key.low(index), codec.encode(low, self._low_precision))
         self._store.put(key.high(index), codec.encode(high))
         self._store.put(key.thumbnail(index), thumbnail)
 

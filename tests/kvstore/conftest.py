@@ -49,24 +49,19 @@ def cluster_url(cluster: list[RedisServer]) -> str:
     return f"{cluster[0].url}?cluster=true"
 
 
-BACKENDS = ["memory", "disk", "redis", "rediss", "cluster"]
+BACKENDS = ["memory", "disk", "redis", "rediss", "cluster", "tiered-disk", "tiered-redis"]
 
 
 @pytest.fixture(params=BACKENDS)
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of an empty store."""
-    if request.param == "memory":
-        return "memory://"
-    if request.param == "disk":
-        return f"disk:{tmp_path / 'store'}"
-    url = request.getfixturevalue(f"{request.param}_url")
-    empty(url)
-    return url
-
-
-@pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    store = open_store(store_url)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """An empty store."""
+    tier, _, kind = request.param.rpartition("-")
+    if kind in ("memory", "disk"):
+        url = {"memory": "memory://", "disk": f"disk:{tmp_path / 'store'}"}[kind]
+    else:
+        url = request.getfixturevalue(f"{kind}_url")
+        empty(url)
+    store = open_store(url, cache_nbytes=50_000 if tier else 0)
     yield store
     store.close()
 

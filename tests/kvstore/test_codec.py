@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from compression.kv import ChunkKV
 from kvstore import codec
 from kvstore.errors import CorruptBlob
+from kvstore.int8 import RELATIVE_ERROR, quantize
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -102,3 +103,73 @@ def test_a_truncated_kv(make, data):
     encoded = codec.encode(make.kv())
     with pytest.raises(CorruptBlob):
         codec.decode(encoded[: data.draw(st.integers(0, len(encoded) - 1))])
+
+
+def within_the_bound(before, after):
+    """The stated bound, and half a step of the dtype on top for the way back into it."""
+    scales = quantize(before)[1].unsqueeze(2).double()
+    exact, found = before.double(), after.double()
+    step = torch.finfo(before.dtype)
+    allowed = RELATIVE_ERROR * scales + step.eps / 2 * found.abs() + step.smallest_normal * step.eps
+    return bool(((found - exact).abs() <= allowed).all())
+
+
+tensors = st.tuples(
+    st.sampled_from(DTYPES), st.integers(0, 9), st.integers(0, 2**32), st.sampled_from([1e-30, 1e-6, 1.0, 300.0])
+)
+
+
+@given(tensors)
+def test_int8_stays_within_its_bound(drawn):
+    dtype, tokens, seed, size = drawn
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(2, 3, tokens, 8, generator=generator) * size for _ in range(2))
+    keys[:, :, :, 0] *= 100  # channels that differ, as those of keys do
+    values[:, 1, :, 3] = 0
+    kv = ChunkKV(keys.to(dtype), values.to(dtype), "low", 2)
+    data = codec.encode(kv, "int8")
+    decoded = codec.decode(data)
+    assert (decoded.level, decoded.ratio, decoded.keys.dtype) == ("low", 2, dtype)
+    assert decoded.keys.shape == kv.keys.shape
+    assert within_the_bound(kv.keys, decoded.keys)
+    assert within_the_bound(kv.values, decoded.values)
+    assert not decoded.values[:, 1, :, 3].any()
+    again = codec.decode(codec.encode(decoded, "int8"))
+    assert within_the_bound(decoded.keys, again.keys)
+
+
+def test_int8_is_plain_safetensors_and_half_as_large(make):
+    kv = make.kv(tokens=400, dtype=torch.bfloat16)
+    data = codec.encode(kv, "int8")
+    assert len(data) < 0.55 * len(codec.encode(kv))
+    tensors = safetensors.torch.load(bytes(data))
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} == {
+        "keys": (torch.int8, (2, 3, 400, 8)),
+        "values": (torch.int8, (2, 3, 400, 8)),
+        "keys.scales": (torch.float32, (2, 3, 8)),
+        "values.scales": (torch.float32, (2, 3, 8)),
+    }
+    assert tensors["keys"].abs().amax(dim=2).eq(127).all(), "a channel does not use its whole range"
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_int8_refuses_what_is_not_finite(make, number):
+    kv = make.kv()
+    kv.values[0, 1, 2, 3] = number
+    with pytest.raises(ValueError, match="finite"):
+        codec.encode(kv, "int8")
+
+
+@given(st.data())
+def test_a_wrong_int8_header(make, data):
+    encoded = codec.encode(make.kv(), "int8")
+    length = int.from_bytes(encoded[:8], "little")
+    header = json.loads(encoded[8 : 8 + length])
+    part = header[data.draw(st.sampled_from(sorted(header)))]
+    part[data.draw(st.sampled_from(sorted(part)))] = data.draw(json_values)
+    text = json.dumps(header).encode()
+    try:
+        kv = codec.decode(bytearray(len(text).to_bytes(8, "little") + text + encoded[8 + length :]))
+    except CorruptBlob:
+        return
+    assert kv.keys.shape == kv.values.shape

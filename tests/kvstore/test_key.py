@@ -21,6 +21,7 @@ fingerprints = st.builds(
     dtype=texts,
     fps=st.sampled_from([1, 1.0, 0.5, 2]),
     max_frames=st.none() | st.integers(1, 3),
+    low_precision=st.sampled_from(["exact", "int8"]),
     format_version=st.integers(1, 2),
 )
 parts = st.tuples(sha256s, fingerprints, texts)
@@ -46,6 +47,7 @@ def test_every_field_takes_part(part):
         "dtype": fingerprint.dtype + "x",
         "fps": 0.25,
         "max_frames": 9,
+        "low_precision": "other",
         "format_version": 9,
     }.items():
         assert key != KVKey.of(content, replace(fingerprint, **{name: other}), salt), name

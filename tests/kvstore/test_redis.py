@@ -39,7 +39,7 @@ def fds() -> int:
 
 @pytest.mark.parametrize("backend", ["redis", "rediss", "cluster"])
 def test_large_blobs_go_in_parts(request, backend):
-    store = open_store(request.getfixturevalue(f"{backend}_url"))
+    store = RedisStore(request.getfixturevalue(f"{backend}_url"))
     for key in ("kv/a/low/1", "kv/a/low/2"):
         store.put(key, LARGE)
         lengths = [len(value) for value in store._client.hvals(f"x2l:{{{key}}}")]
@@ -304,7 +304,8 @@ def test_fields_that_are_not_ours(server, parts_of_1000, fields):
 
 
 def test_a_cluster_spreads_chunks_and_survives_a_lost_connection(cluster, cluster_url, make):
-    store = open_store(cluster_url)
+    store = RedisStore(cluster_url)
+    store._client.flushall()
     key = make.key()
     make.write(VideoStore(store), key, 12)
     counts = []

@@ -1,0 +1,117 @@
+"""What memory before another store may keep, and when it must not be believed."""
+
+from __future__ import annotations
+
+import pytest
+from redis_servers import RedisServer
+
+from kvstore.errors import CorruptBlob, StoreUnavailable
+from kvstore.memory import MemoryStore
+from kvstore.open import open_store
+from kvstore.redis import RedisStore
+from kvstore.tiered import TieredStore
+
+DATA = bytes(range(256)) * 40
+HEADER_NBYTES = 24
+
+
+class Counting(MemoryStore):
+    """Tells which payloads were read."""
+
+    def __init__(self):
+        super().__init__()
+        self.payloads = []
+
+    def _read_many(self, keys):
+        self.payloads += keys
+        return super()._read_many(keys)
+
+
+@pytest.fixture
+def below():
+    return Counting()
+
+
+def test_the_second_read_comes_from_memory(below):
+    store = TieredStore(below, 100_000)
+    store.put("a", DATA)
+    store.put("b", b"b")
+    for _ in range(3):
+        assert store.get_many(["a", "b", "none"]) == [DATA, b"b", None]
+    assert below.payloads == ["a", "b", "none", "none", "none"]
+
+
+def test_memory_is_bounded_and_the_least_recently_used_go(below):
+    store = TieredStore(below, 3 * (1000 + HEADER_NBYTES))
+    for key in "abcd":
+        store.put(key, key.encode() * 1000)
+    store.put("huge", bytes(10_000))
+    store.get_many(["a", "b", "c"])
+    store.get_many(["a", "huge", "huge"])
+    store.get_many(["d"])  # b goes
+    below.payloads.clear()
+    store.get_many(["a", "c", "d", "huge"])
+    assert below.payloads == ["huge"]
+    store.get_many(["b"])
+    assert below.payloads == ["huge", "b"]
+    assert sum(len(payload) for _, payload in store._blobs.values()) <= 3000
+    assert store._nbytes == 3 * (1000 + HEADER_NBYTES)
+
+
+def test_what_another_server_deletes_or_replaces_is_seen(redis_url):
+    stores = [TieredStore(RedisStore(redis_url), 100_000) for _ in range(2)]
+    one, other = stores
+    one.put("a", DATA)
+    assert one.get_many(["a"]) == other.get_many(["a"]) == [DATA]
+    other.put("a", DATA[::-1])
+    assert one.get_many(["a"]) == [DATA[::-1]]
+    one.put("a", DATA)
+    assert other.get_many(["a"]) == [DATA]
+    other.delete("a")
+    assert one.get_many(["a"]) == [None]
+    assert one._nbytes == other._nbytes == 0
+    for store in stores:
+        store.close()
+
+
+def test_memory_serves_while_the_store_is_away(tmp_path):
+    with RedisServer(tmp_path) as server:
+        store = open_store(server.url)
+        assert isinstance(store, TieredStore)
+        store.put("kept", DATA)
+        store.put("not/kept", DATA)
+        store.get_many(["kept"])
+        server.kill()
+        assert store.get_many(["kept"]) == [DATA]
+        with pytest.raises(StoreUnavailable):
+            store.get_many(["kept", "not/kept"])
+        with pytest.raises(StoreUnavailable):
+            store.get("kept")
+        server.start()
+        assert store.get_many(["kept"]) == [None]  # that server had no persistence
+        store.close()
+
+
+def test_what_is_damaged_on_its_way_is_not_kept(below, monkeypatch):
+    store = TieredStore(below, 100_000)
+    store.put("a", DATA)
+    read = below._read
+    with monkeypatch.context() as patch:
+        patch.setattr(below, "_read", lambda key: (read(key)[0], memoryview(DATA[:-1] + b"x")))
+        (found,) = store.get_many(["a"])
+        assert isinstance(found, CorruptBlob)
+    assert store.get_many(["a"]) == [DATA]
+
+
+def test_where_memory_stands_by_default(tmp_path, redis_url):
+    for url, cache_nbytes, tiered in (
+        ("memory://", None, False),
+        ("memory://", 1000, False),
+        (f"disk:{tmp_path}", None, False),
+        (f"disk:{tmp_path}", 1000, True),
+        (redis_url, None, True),
+        (redis_url, 0, False),
+    ):
+        store = open_store(url, cache_nbytes=cache_nbytes)
+        assert isinstance(store, TieredStore) == tiered
+        store.close()
