@@ -194,6 +194,9 @@ class Library:
         """All files of a tenant, newest first. Raises StoreError."""
         records = [record for record in self._records.all() if record.visible_to(tenant)]
         records.sort(key=lambda record: (record.created_at, record.created_ns, record.id), reverse=True)
+        with suppress(StoreUnavailable):  # then as they were last seen
+            for record in records:
+                self._see_loss(record)
         return [self._snapshot(record) for record in records]
 
     def delete(self, file_id: str, tenant: str) -> bool:
@@ -314,6 +317,7 @@ class Library:
         """The video of a record; what is not known of it here is looked up. A prefill that nobody seems to look after
         gets a job, which waits for whoever does."""
         video = self._video_of(record)
+        self._see_loss(record)
         if video.manifest is not None or video.job is not None:
             return video
         manifest = self._manifest(video.key)
@@ -325,6 +329,16 @@ class Library:
                 if manifest is None and record.status == "uploaded":
                     self._prefill(video, None, None)
         return video
+
+    def _see_loss(self, record: FileRecord) -> None:
+        """A video that is ready here may have been removed by the quota of another replica, whose record says so."""
+        with self._lock:
+            video = self._known.get(self._key_of(record))
+        if video is None or video.manifest is None or record.status != "error" or self._manifest(video.key) is not None:
+            return
+        with self._lock:
+            video.manifest, video.error = None, record.status_details
+        self._pool.discard(video.key)
 
     def _snapshot(self, record: FileRecord) -> FileRecord:
         with self._lock:
