@@ -20,6 +20,7 @@ from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import HighKV, ResidentPool
 from kvstore.video import VideoStore
+from server.engine.batch import draw
 from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, VideoFailed, reply_to
 from server.engine.ingest import Ingest
 from server.engine.library import Library
@@ -28,7 +29,6 @@ from server.engine.options import EngineOptions
 from server.engine.question import Phase, Question
 from server.engine.reads import Reads, Result
 from server.engine.request import Delta, Request
-from server.engine.sampler import sample
 from server.engine.scheduler import Scheduler
 from server.engine.video import Video
 from server.models.base import VideoModel
@@ -48,7 +48,7 @@ class Engine:
         """Takes the model for itself; the store stays the caller's, to be closed after the engine."""
         self._options = options = options or EngineOptions()
         self._model = model
-        self._videos = VideoStore(store)
+        self._videos = VideoStore(store, options.low_precision)
         self._pool = ResidentPool(options.resident_nbytes)
         self._writers = ThreadPoolExecutor(options.writer_threads, "x2l-write")
         self._scheduler = Scheduler(max_batch=options.max_batch, prefill_share=options.prefill_share)
@@ -179,12 +179,12 @@ class Engine:
         except Exception:
             _log.exception("the engine has failed")
             error = ShuttingDown("the engine has failed")
-        finally:
-            with self._lock:
-                self._open = False
-                left = list(self._in_flight.values())
-            for question in left:
-                self._fail(question, error)
+        with self._lock:
+            self._open = False
+            left = list(self._in_flight.values())
+        for question in left:
+            self._fail(question, error)
+        self.library.close()  # if not closed before: other replicas may go on with its prefills
 
     def _wake(self) -> None:
         """From any thread: there may be something to do."""
@@ -348,25 +348,12 @@ class Engine:
             self.metrics.chunk_seconds.observe(took_s)
 
     def _forward(self, questions: list[Question]) -> None:
-        """One token for every question. If that fails they are tried one by one, so that only the guilty one fails."""
-        rows = [question.row() for question in questions]
-        lengths = [row.cache.length for row in rows]
-        tokens: list[int] = []
-        try:
-            tokens = sample(self._model.forward(rows), [question.sampler for question in questions])
-            self.metrics.batch.observe(len(rows))
-        except Exception as error:
-            if len(questions) == 1:
-                self._fail(questions[0], reply_to(error))
-                return
-            for row, length in zip(rows, lengths, strict=True):
-                row.cache.length = length
-        # Not in the handler, where the error still holds what the failed pass had allocated.
-        if not tokens:
-            for question in questions:
-                self._forward([question])
-        for question, token in zip(questions, tokens, strict=False):
-            self._attempt(question, partial(self._accept, token))
+        self.metrics.batch.observe(len(questions))
+        for question, outcome in zip(questions, draw(self._model, questions), strict=True):
+            if isinstance(outcome, Exception):
+                self._fail(question, reply_to(outcome))
+            else:
+                self._attempt(question, partial(self._accept, outcome))
 
     def _accept(self, token: int, question: Question) -> None:
         self._emit(question, question.accept(token))

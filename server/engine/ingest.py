@@ -222,7 +222,9 @@ class Ingest:
     def _note(self, chunk: Chunk, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         self._high.append(high)
         self.records.append(
-            ChunkRecord(chunk, num_visual_tokens, low.num_tokens, high.num_tokens, low.nbytes, high.nbytes)
+            ChunkRecord(
+                chunk, num_visual_tokens, low.num_tokens, high.num_tokens, self._videos.low_nbytes(low), high.nbytes
+            )
         )
 
     def _write(self, decoded: _Decoded, low: ChunkKV, high: ChunkKV) -> None:

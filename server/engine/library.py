@@ -309,7 +309,7 @@ class Library:
         with self._lock:
             video = self._known.get(key)
             if video is None:
-                fingerprint = fingerprint_of(self._model, record.sampling)
+                fingerprint = fingerprint_of(self._model, record.sampling, self._options.low_precision)
                 video = self._known[key] = Video(key, record.content, fingerprint, record.sampling)
         return video
 
@@ -351,7 +351,8 @@ class Library:
         return replace(record, status=status, status_details=details, video=described)
 
     def _make_key(self, content_sha256: str, sampling: Sampling, tenant: str) -> KVKey:
-        return KVKey.of(content_sha256, fingerprint_of(self._model, sampling), tenant)
+        fingerprint = fingerprint_of(self._model, sampling, self._options.low_precision)
+        return KVKey.of(content_sha256, fingerprint, tenant)
 
     def _key_of(self, record: FileRecord) -> KVKey:
         return self._key(record.content_sha256, record.sampling, record.tenant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from kvstore.codec import Precision
 from server.models.base import ModelSpec
 from server.video.reader import VideoLimits
 
@@ -15,7 +16,8 @@ class EngineOptions:
 
     ``max_batch`` requests hold a cache and run; ``max_queue`` more may wait. One pass takes at most ``prompt_step``
     tokens of a prompt, so that a long one holds nobody up. ``prefill_share`` of the engine's time goes to uploads
-    while questions are running as well, and the rest to the questions. ``spool`` is the folder for temporary files.
+    while questions are running as well, and the rest to the questions. ``spool`` is the folder for temporary files,
+    ``low_precision`` how L-KVs are stored.
 
     A prefill holds its video by a lease of ``lease_s``, which another replica takes over when it lapses. A question
     waits ``reload_timeout_s`` for its L-KVs before H-KVs stand in, and ``load_timeout_s`` for its H-KVs; a prefill
@@ -30,6 +32,7 @@ class EngineOptions:
     prefill_share: float = 0.5
     default_reload: int | None = None
     keep_video: bool = True
+    low_precision: Precision = "exact"
     store_quota_bytes: int | None = None
     spool: Path | None = None
     resident_nbytes: int | None = None

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvstore.codec import Precision
 from kvstore.key import ContentKey, Fingerprint, KVKey
 from kvstore.manifest import ChunkRecord, Manifest
 from server.engine.ingest import Ingest, plan_chunks
@@ -76,7 +77,7 @@ class Video:
         return None
 
 
-def fingerprint_of(model: VideoModel, sampling: Sampling) -> Fingerprint:
+def fingerprint_of(model: VideoModel, sampling: Sampling, low_precision: Precision = "exact") -> Fingerprint:
     """All that the KVs of a video depend on besides its content."""
     return Fingerprint(
         model=model.fingerprint,
@@ -85,6 +86,7 @@ def fingerprint_of(model: VideoModel, sampling: Sampling) -> Fingerprint:
         dtype=str(model.dtype).removeprefix("torch."),
         fps=sampling.fps,
         max_frames=sampling.max_frames,
+        low_precision=low_precision,
     )
 
 

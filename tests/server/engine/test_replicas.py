@@ -1,0 +1,136 @@
+"""Two engines over one store, as two replicas of a server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clips import Clip, Clips, blank_media
+from until import until
+
+from kvstore.base import Store
+from kvstore.disk import DiskStore
+from kvstore.memory import MemoryStore
+from server.engine.errors import FileNotFound, VideoFailed
+
+Drive = Callable[..., Any]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def stores(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Store]:
+    """One store as two replicas open it."""
+    if request.param == "disk":
+        return DiskStore(tmp_path / "store"), DiskStore(tmp_path / "store")
+    shared = MemoryStore()
+    return shared, shared
+
+
+@pytest.fixture
+def pair(drive: Drive, stores: tuple[Store, Store]) -> tuple[Any, Any]:
+    return drive(stores[0], lease_s=1.0), drive(stores[1], lease_s=1.0)
+
+
+def test_what_one_has_prefilled_the_other_answers_about(pair: tuple[Any, Any], four_chunks: Clip) -> None:
+    a, b = pair
+    record = a.upload(four_chunks)
+    text = a.ask(record).text
+    answer = b.ask(record)
+    assert answer.text == text and not answer.outcome.degraded and b.num_prefilled == 0
+    assert b.engine.library.list("") == [record] and b.engine.library.get(record.id, "") == record
+    assert b.engine.library.get(record.id, "f" * 64) is None
+    assert b.upload(four_chunks, wait=False).status == "processed"
+
+
+def test_a_question_at_one_waits_for_the_prefill_at_the_other(pair: tuple[Any, Any], long_clip: Clip) -> None:
+    a, b = pair
+    record = a.upload(long_clip, wait=False)
+    until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 2)
+    assert b.engine.library.get(record.id, "").status == "uploaded"
+    assert b.engine.library.list("")[0].status == "uploaded"
+    waiting = b.start(record)
+    until(lambda: 0 < b.engine.library.get(record.id, "").video.chunks_done)
+    text = waiting.wait().text
+    assert waiting.error is None and b.num_prefilled == 0 and a.num_prefilled == 50
+    assert a.ask(record).text == text
+    assert b.engine.library.get(record.id, "").status == "processed"
+
+
+def test_the_same_video_at_both_at_once_is_prefilled_once(pair: tuple[Any, Any], long_clip: Clip) -> None:
+    records: dict[int, Any] = {}
+
+    def upload(index: int) -> None:
+        records[index] = pair[index].upload(long_clip)
+
+    threads = [threading.Thread(target=upload, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record.status for record in records.values()] == ["processed"] * 2
+    assert pair[0].num_prefilled + pair[1].num_prefilled == 50
+    assert pair[0].ask(records[1]).text == pair[1].ask(records[0]).text
+
+
+def test_a_prefill_is_taken_over_from_a_replica_that_has_failed(pair: tuple[Any, Any], long_clip: Clip) -> None:
+    a, b = pair
+    record = a.upload(long_clip, wait=False)
+    until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 3)
+    a.engine._scheduler.plan = None
+    answer = b.ask(record)
+    assert answer.error is None and b.engine.library.get(record.id, "").status == "processed"
+    assert 0 < b.num_prefilled <= 50 - 3
+    assert not a.engine.ready
+
+
+def test_deleting_at_one_stops_the_prefill_at_the_other(pair: tuple[Any, Any], long_clip: Clip) -> None:
+    a, b = pair
+    record = a.upload(long_clip, wait=False)
+    until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 2)
+    waiting = [a.start(record), b.start(record)]
+    assert b.engine.library.delete(record.id, "")
+    assert all(isinstance(answer.wait().error, FileNotFound) for answer in waiting)
+    assert a.engine.library.get(record.id, "") is None and a.engine.library.list("") == []
+    until(lambda: not list(a.store.keys()))
+    assert a.num_prefilled < 50
+
+
+def test_deleting_at_both_at_once(pair: tuple[Any, Any], two_chunks: Clip) -> None:
+    a, b = pair
+    kept, gone = a.upload(two_chunks), a.upload(two_chunks)
+    assert b.ask(gone).error is None
+    deleted: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda driver=driver: deleted.append(driver.engine.library.delete(gone.id, "")))
+        for driver in pair
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(deleted) == [False, True]
+    assert a.ask(kept).error is None and b.ask(kept).error is None
+    with pytest.raises(FileNotFound):
+        b.start(gone)
+    assert b.engine.library.delete(kept.id, "")
+    assert list(a.store.keys()) == []
+
+
+def test_an_inline_video_has_one_record_at_both(pair: tuple[Any, Any], two_chunks: Clip) -> None:
+    a, b = pair
+    assert a.upload(two_chunks, source="inline").id == b.upload(two_chunks, source="inline").id
+    assert len(a.engine.library.list("")) == 1 and a.num_prefilled + b.num_prefilled == 2
+
+
+def test_a_failure_at_one_is_told_at_the_other(pair: tuple[Any, Any], clips: Clips, tmp_path: Path) -> None:
+    a, b = pair
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(clips("mp4", width=160, height=96, fps=5.0, duration_s=60.0).path.read_bytes())
+    blank_media(damaged, 0.5)
+    record = a.upload(damaged, wait=False)
+    waiting = b.start(record)
+    assert isinstance(waiting.wait().error, VideoFailed)
+    assert b.engine.library.get(record.id, "").status_details == a.wait_processed(record).status_details
+    assert not list(a.store.keys("kv/"))
