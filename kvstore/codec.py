@@ -46,6 +46,14 @@ def encode(kv: ChunkKV, precision: Precision = "exact") -> bytearray:
     return _pack(metadata, tensors)
 
 
+def stored_nbytes(kv: ChunkKV, precision: Precision = "exact") -> int:
+    """Bytes of keys and values as ``encode`` writes them, scales included."""
+    if precision == "exact":
+        return kv.nbytes
+    layers, heads, _, head_dim = kv.keys.shape
+    return 2 * (kv.keys.numel() + layers * heads * head_dim * torch.float32.itemsize)
+
+
 def decode(data: bytearray | memoryview) -> ChunkKV:
     """What ``encode`` was given, on the CPU. Unless it is int8 its tensors lie in ``data`` itself, which must not be
     changed any more.

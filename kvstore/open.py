@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -53,3 +54,8 @@ def _open(url: str) -> Store:
     if scheme in ("redis", "rediss") and rest.startswith("//"):
         return RedisStore(url)
     raise InvalidStoreURL(f"not a store URL of scheme {scheme[:20]!r} ({_KNOWN})")
+
+
+def without_password(url: str) -> str:
+    """``url`` as it may be shown."""
+    return re.sub(r"^(rediss?://)[^/?#]*@", r"\1***@", url)

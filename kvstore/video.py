@@ -26,6 +26,10 @@ class VideoStore:
         self._store = store
         self._low_precision = low_precision
 
+    def low_nbytes(self, low: ChunkKV) -> int:
+        """Bytes of keys and values that an L-KV takes in the store."""
+        return codec.stored_nbytes(low, self._low_precision)
+
     def write_prefix(self, key: KVKey, prefix: ChunkKV) -> None:
         self._store.put(key.prefix, codec.encode(prefix))
 

@@ -53,15 +53,19 @@ class Backend:
 
 
 def open_backend(settings: Settings) -> Backend:
-    """Loads the model and opens the store. Raises ValueError or StoreError for settings that cannot be met."""
-    model = load_model(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        low_ratio=settings.low_ratio,
-        high_ratio=settings.high_ratio,
-    )
-    store = open_store(settings.store)
+    """Opens the store and loads the model. Raises ValueError or StoreError for settings that cannot be met."""
+    store = open_store(settings.store, cache_nbytes=settings.store_cache_bytes, wait_s=settings.wait_for_store)
+    try:
+        model = load_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            low_ratio=settings.low_ratio,
+            high_ratio=settings.high_ratio,
+        )
+    except BaseException:
+        store.close()
+        raise
     spool = Spool()
     return Backend(model, store, Engine(model, store, _engine_options(settings, spool)), spool)
 
@@ -138,6 +142,7 @@ def _engine_options(settings: Settings, spool: Spool) -> EngineOptions:
         max_concurrent_prefills=settings.max_concurrent_prefills,
         default_reload=settings.reload,
         keep_video=settings.keep_video,
+        low_precision="exact" if settings.kv_dtype == "auto" else settings.kv_dtype,
         store_quota_bytes=settings.store_quota_bytes,
         resident_nbytes=settings.gpu_kv_budget_bytes,
         limits=VideoLimits(

@@ -36,7 +36,14 @@ class Settings(BaseSettings):
     high_ratio: int | None = Field(None, ge=1, description="Ratio of the small KVs instead of the model's.")
     reload: int | None = Field(None, ge=0, description="Chunks re-loaded by default instead of the model's number.")
 
-    store: str = Field(default_factory=_default_store, description="memory:// or disk:PATH.")
+    store: str = Field(
+        default_factory=_default_store, description="memory://, disk:PATH, redis://HOST or rediss://HOST."
+    )
+    wait_for_store: float = Field(0.0, ge=0, description="Seconds to wait at the start for a store that is away.")
+    store_cache_bytes: ByteSize | None = Field(
+        None, ge=0, description="Host memory before the store; default 1GiB before a Redis, else none."
+    )
+    kv_dtype: Literal["auto", "int8"] = Field("auto", description="Detailed KVs as the model makes them, or as int8.")
     store_quota_bytes: ByteSize = Field(ByteSize(20 * 10**9), ge=0, description="Least recently used videos go above.")
     keep_video: bool = Field(True, description="Keep the uploaded files' bytes in the store.")
     gpu_kv_budget_bytes: ByteSize = Field(ByteSize(2 * 2**30), ge=1, description="Room for KVs on the device.")

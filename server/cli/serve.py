@@ -48,6 +48,8 @@ def serve(**options: Any) -> None:
 def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
     from torch import nn
 
+    from kvstore.open import without_password
+
     spec = model.spec
     # A model keeps its modules as attributes; the contract asks for none in particular.
     modules = [value for value in vars(model).values() if isinstance(value, nn.Module)]
@@ -58,7 +60,7 @@ def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
     return {
         "model": f"{spec.name}, {num_parameters / 1e6:.1f} M parameters",
         "device": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",
-        "store": settings.store,
+        "store": without_password(settings.store),
         "ratios": f"{spec.low_ratio} (detailed) and {spec.high_ratio} (small), re-load {spec.default_reload} chunks",
         "size": f"{sizes[0]:.1f} MB (detailed) and {sizes[1]:.1f} MB (small) of KVs per video-hour",
         "access": f"{len(settings.api_key)} API keys" if settings.api_key else "no API key",
