@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import queue
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -23,6 +22,7 @@ from compression.methods import COMPRESSORS
 from compression.mixed import MixedCache
 from compression.score import Scorer
 from compression.select import Dial
+from kvstore import codec
 from kvstore.base import Store
 from kvstore.disk import DiskStore
 from kvstore.errors import MissingBlob, StoreError
@@ -38,7 +38,6 @@ from server.engine.record import FileRecord, VideoStatus
 from server.engine.request import Delta, Outcome, Request, SamplingParams
 from server.models.base import Row, Turn, VideoModel
 from server.models.raw import RawPrefill
-from server.models.registry import Device, DType, load_model
 from server.models.videoxl import VideoXL
 from server.video.reader import Sampling, VideoLimits, VideoReader
 
@@ -51,15 +50,15 @@ _ROOM = 128
 
 
 class LocalBench:
-    """A model behind an engine with a disk store of its own, which is gone on close."""
+    """A model behind an engine with a disk store of its own in the folder ``work``, which goes in the end."""
 
-    def __init__(self, model: str = "tiny", *, device: Device = "auto", dtype: DType = "auto") -> None:
-        """Raises as :func:`load_model`."""
-        self.load = partial(load_model, model, device=device, dtype=dtype)
-        """Loads the model once more, with other settings."""
-        self.model = self.load()
-        self._folder = tempfile.TemporaryDirectory(prefix="x2l-bench-")
-        self._store: Store = DiskStore(Path(self._folder.name) / "store")
+    def __init__(self, load: Callable[..., VideoModel], model: VideoModel, work: Path) -> None:
+        """``load(**settings)`` loads ``model`` once more with other ratios or another prefill mode."""
+        self.load, self.model = load, model
+        self._work = work
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+        work.mkdir(parents=True)
+        self._store: Store = DiskStore(work / "store")
         self.engine = Engine(self.model, self._store, EngineOptions(max_batch=_BATCH, keep_video=False))
         self.engine.start()
 
@@ -67,19 +66,15 @@ class LocalBench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops the engine and removes the store."""
         self.engine.close()
         self._store.close()
-        self._folder.cleanup()
+        shutil.rmtree(self._work)
 
     @contextmanager
     def open(self, path: Path) -> Iterator[LocalVideo]:
         """Decodes, prefills and stores the video; it is deleted in the end. Raises VideoRefused, VideoError."""
         library = self.engine.library
-        copy = Path(self._folder.name) / path.name
+        copy = self._work / path.name
         shutil.copyfile(path, copy)  # the library takes the file over
         record = library.create(
             copy,
@@ -128,6 +123,12 @@ class LocalVideo:
         if damaged is not None:
             raise damaged
         return [self._to_device(kv) for kv in read if isinstance(kv, ChunkKV)]
+
+    @cached_property
+    def low_int8(self) -> list[ChunkKV]:
+        """The L-KVs as they come from a store that keeps them as int8. Raises StoreError."""
+        kept = (codec.decode(codec.encode(kv, "int8")) for kv in self.low)
+        return [self._to_device(kv) for kv in kept]
 
     @cached_property
     def high(self) -> list[ChunkKV]:

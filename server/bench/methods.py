@@ -181,6 +181,21 @@ def _retrieve_by_attention(video: LocalVideo, question: Question) -> list[ChunkK
     return EVICTIONS["raw-retrieval"].keep(video.raw, video.default_tokens, scores)
 
 
+def _reload_from(video: LocalVideo, question: Question, low: Sequence[ChunkKV]) -> list[ChunkKV]:
+    """The default's mixed cache with other L-KVs than the store's."""
+    (scores,) = video.scores([question.text])
+    chosen = sorted(range(video.num_chunks), key=lambda index: (-scores[index], index))[: video.default_reload]
+    return [low[index] if index in chosen else high for index, high in enumerate(video.high)]
+
+
+def _variant(name: str, low: Callable[[LocalVideo], Sequence[ChunkKV]]) -> list[Method]:
+    """The default, and every chunk in detail, with other L-KVs."""
+    return [
+        BuiltForQuestion(name, name, lambda video, asked: _reload_from(video, asked, low(video)), at_default=True),
+        Built(f"{name}-low", f"{name}-low", low),
+    ]
+
+
 PLAIN: Method = Dialled("plain", "plain", lambda video, question: Dial(), at_default=True)
 """What a server answers that is told nothing more; the only row of one that has no dials."""
 
@@ -197,5 +212,7 @@ METHODS: list[Method] = [
     *(_evicted(name) for name in (*COMPRESSORS, "frames", "recency")),
     BuiltForQuestion("raw-retrieval", "raw-retrieval", _retrieve_by_mean_keys, at_default=True),
     BuiltForQuestion("raw-retrieval-attention", "raw-retrieval-attention", _retrieve_by_attention, at_default=True),
+    *_variant("int8", lambda video: video.low_int8),
+    *_variant("high-memory", lambda video: video.prefilled(prefill_mode="high-memory")[0]),
 ]
 """A new row is one more entry. ``low`` and ``high`` are uniform compression at the model's two ratios."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from server.bench.summary import summarize
 from server.bench.synthetic import SyntheticVideo, choose_videos, making
 from server.bench.table import print_table, print_targets
 from server.bench.targets import check
-from server.models.registry import Device, DType
+from server.models.registry import Device, DType, load_model
 
 SIZES: Mapping[str, Mapping[int, int]] = {
     "quick": {8: 3, 16: 3},
@@ -64,23 +65,26 @@ def run_quality(
     videos = choose_videos(seed, dict(counts))
     if not videos:
         raise ValueError("no videos: ask for at least one length and one video a length")
+    configuration: dict[str, Any] = {"seed": seed, "videos": {str(chunks): count for chunks, count in counts.items()}}
     with ExitStack() as stack:
         bench: Bench
         if target.base_url is not None:
-            bench = stack.enter_context(RemoteBench(target.base_url, api_key=target.api_key, model=target.model))
-            methods = choose_methods(patterns, local=False, dials=bench.has_dials)
-            default, measured = PLAIN.name, {"server": target.base_url, "model": bench.model}
-            console.print(f"{bench.model} at {target.base_url}: {', '.join(method.name for method in methods)}")
+            remote = stack.enter_context(RemoteBench(target.base_url, api_key=target.api_key, model=target.model))
+            methods = choose_methods(patterns, local=False, dials=remote.has_dials)
+            default = PLAIN.name
+            configuration |= {"server": target.base_url, "model": remote.model}
+            folder = stack.enter_context(open_folder(out, configuration))
+            bench = remote
         else:
             methods = choose_methods(patterns)  # before a model is loaded
-            bench = stack.enter_context(LocalBench(target.model or "tiny", device=target.device, dtype=target.dtype))
-            model = bench.model
+            load = partial(load_model, target.model or "tiny", device=target.device, dtype=target.dtype)
+            model = load()
             default = f"attention-{model.spec.default_reload}"
             dtype = str(model.dtype).removeprefix("torch.")
-            measured = {"model": model.spec.name, "fingerprint": model.fingerprint, "dtype": dtype}
-        configuration = {"seed": seed, "videos": {str(chunks): count for chunks, count in counts.items()}, **measured}
-        folder = stack.enter_context(open_folder(out, configuration))
-        _ask_all(bench, videos, methods, folder, videos_folder, console, stack)
+            configuration |= {"model": model.spec.name, "fingerprint": model.fingerprint, "dtype": dtype}
+            folder = stack.enter_context(open_folder(out, configuration))
+            bench = stack.enter_context(LocalBench(load, model, out / "work"))
+        _ask_all(bench, videos, methods, folder, videos_folder, console)
         records = folder.records
     summary = summarize(records)
     result = circumstances("x2l") | {"configuration": configuration, "default": default, "lengths": summary}
@@ -100,24 +104,19 @@ def _ask_all(
     folder: RunFolder,
     videos_folder: Path,
     console: Console,
-    stack: ExitStack,
 ) -> None:
     todo = [video for video in videos if any(unanswered(folder, video, method) for method in methods)]
-    if not todo:
-        return
-    path_of = stack.enter_context(making(todo, videos_folder))
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    progress = stack.enter_context(
-        Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *times, console=console)
-    )
-    # In chunks, because a long video takes so much longer than a short one.
-    task = progress.add_task("", total=sum(video.chunks for video in todo) * len(methods))
+    shown = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *times, console=console)
+    with making(todo, videos_folder) as path_of, shown as progress:
+        # In chunks, because a long video takes so much longer than a short one.
+        task = progress.add_task("", total=sum(video.chunks for video in todo) * len(methods))
 
-    def tell(video: SyntheticVideo, method: str) -> None:
-        done = video.chunks if method else 0
-        progress.update(task, advance=done, description=f"{video.chunks} chunks, seed {video.seed} {method:24}")
+        def tell(video: SyntheticVideo, method: str) -> None:
+            done = video.chunks if method else 0
+            progress.update(task, advance=done, description=f"{video.chunks} chunks, seed {video.seed} {method:24}")
 
-    run_all(bench, todo, methods, folder, path_of, tell)
+        run_all(bench, todo, methods, folder, path_of, tell)
 
 
 def num_errors(result: Mapping[str, Any]) -> int:

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,9 +123,15 @@ def making(
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that owns the pool
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that half a video goes
     os.nice(5)  # the measurement beside goes first
     torch.set_num_threads(1)
 
 
 def _make(video: SyntheticVideo, folder: Path) -> None:
-    make_video(folder / video.filename, video.seed, video.chunks)
+    # Apart, because another run may be making the same.
+    with tempfile.TemporaryDirectory(prefix="making-", dir=folder) as apart:
+        made = Path(apart) / video.filename
+        make_video(made, video.seed, video.chunks)
+        for path in (made.with_suffix(".json"), made):
+            path.replace(folder / path.name)

@@ -90,6 +90,7 @@ def quality(
     With --dataset and --data: asks a public benchmark's questions, as the model answers by default or as --reload,
     --budget-tokens or --mode say, and scores as its authors do. Writes NAME.json and NAME.jsonl.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that processes, uploads and stores go
     _refuse(context, _SYNTHETIC_ONLY if dataset else _DATASET_ONLY, "with" if dataset else "without")
     if dataset:
         if data is None:
@@ -155,7 +156,6 @@ def _run_dataset(name: str, data: Path, *, asking: dict[str, Any], **options: An
     from server.bench.datasets.run import run_dataset
     from server.cli import fail
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that uploads and stores go
     try:
         summary = run_dataset(name, data, asking=Asking(**asking), **options)
     except DatasetError as error:

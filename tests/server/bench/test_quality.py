@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from server.bench.plot import PlotUnavailable, draw
 from server.bench.quality import Target, num_errors, run_quality
 from server.bench.records import Record, open_folder
 from server.bench.synthetic import choose_videos
+from server.models.registry import load_model
 from server.models.tiny.make_video import make_video
 
 SEED, CHUNKS = 77, 2
@@ -105,10 +107,12 @@ def test_a_second_run_asks_nothing_and_says_the_same(
 
 
 @pytest.fixture(scope="module")
-def opened(videos_folder: Path) -> Iterator[LocalVideo]:
+def opened(videos_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalVideo]:
     (video,) = choose_videos(SEED, {CHUNKS: 1})
-    with LocalBench(device="cpu") as bench, bench.open(videos_folder / video.filename) as local:
+    load, work = partial(load_model, device="cpu"), tmp_path_factory.mktemp("bench") / "work"
+    with LocalBench(load, load(), work) as bench, bench.open(videos_folder / video.filename) as local:
         yield local
+    assert not work.exists()
 
 
 def test_direct_decoding_says_what_the_engine_says(opened: LocalVideo) -> None:
@@ -172,6 +176,7 @@ def test_killed_and_run_again(tmp_path: Path, videos_folder: Path, whole: tuple[
     assert not (out / "quality.json").exists()
     result, _ = run(out, videos_folder, *methods, count=2)
     assert num_errors(result) == 0
+    assert not (out / "work").exists()  # what the killed one had left is gone as well
     assert records.read_bytes().startswith(first[: first.rfind(b"\n") + 1])
     assert len(records.read_bytes().splitlines()) == num_questions * len(methods)
     # The first video is that of the run that nothing has interrupted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def test_missing_videos_are_made_and_kept(tmp_path: Path) -> None:
         path = path_of(video)
         with pytest.raises(ValueError, match="seed must lie in"):
             path_of(impossible)
-    assert path.is_file() and video.is_made(tmp_path)
+    assert video.is_made(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([path, path.with_suffix(".json")])
     before = path.stat().st_mtime_ns
     with making([video], tmp_path) as path_of:
         assert path_of(video) == path
@@ -47,3 +49,14 @@ def test_a_file_of_another_generator_does_not_count(tmp_path: Path, damage: str)
     if damage != "no video":
         path.touch()
     assert not video.is_made(tmp_path)
+
+
+def test_leaving_early_ends_the_making_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    long = SyntheticVideo(chunks=100, seed=1)
+    with making([long], tmp_path):
+        while not list(tmp_path.glob("making-*/*.part")):
+            time.sleep(0.01)
+    end_s = time.monotonic() + 30
+    while list(tmp_path.iterdir()) and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert list(tmp_path.iterdir()) == []
