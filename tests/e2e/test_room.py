@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from live import MODEL, Live, Serve, ask
+from redis_servers import RedisServer
 
 
 @pytest.fixture
@@ -44,15 +46,16 @@ def code(reply: httpx.Response, status: int) -> str:
     return reply.json()["error"]["code"]
 
 
-def test_the_quota_holds_for_files_and_parts_and_spares_what_is_pinned(
-    serve: Serve, video: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def nbytes(live: Live, file_id: str) -> int:
+    """What the video takes in a store: KVs and file."""
+    video = live.backend.engine.library.video(file_id, "")
+    return sum(live.backend.store.nbytes(key.root) for key in (video.key, video.content))
+
+
+def test_the_quota_holds_for_files_and_parts_and_spares_what_is_pinned(serve: Serve, video: Path, nbytes: int) -> None:
     data = video.read_bytes()
     other = data + b"\0\0\0\x08free"  # another content, the same video
-    with serve() as measure, measure.client() as client:
-        file = client.files.wait_for_processing(upload(measure, data).json()["id"], poll_interval=0.1)
-        assert file.status == "processed"
-        nbytes = measure.backend.store.nbytes("kv/") + measure.backend.store.nbytes("content/")
     with serve(store_quota_bytes=nbytes + 4000) as live, live.client() as client:
         store = live.backend.store
         # The parts lie in the store while the file is made of them: they are not counted twice.
@@ -81,6 +84,32 @@ def test_the_quota_holds_for_files_and_parts_and_spares_what_is_pinned(
         lost = client.files.retrieve(file.id)
         assert lost.status == "error" and "quota" in lost.status_details
         assert store.nbytes("kv/") + store.nbytes("content/") + store.nbytes("upload/") <= nbytes + 4000
+
+
+def test_replicas_keep_one_quota(serve: Serve, video: Path, nbytes: int, tmp_path: Path) -> None:
+    data = [video.read_bytes() + b"\0\0\0\x08free" * copies for copies in range(4)]
+    quota = 2 * nbytes + 4000
+    with (
+        RedisServer(tmp_path) as redis,
+        serve(store=redis.url, store_quota_bytes=quota) as one,
+        serve(store=redis.url, store_quota_bytes=quota) as two,
+        one.client() as at_one,
+        two.client() as at_two,
+    ):
+        pinned = at_one.files.wait_for_processing(upload(one, data[0], pinned="true").json()["id"], poll_interval=0.1)
+        other = at_one.files.wait_for_processing(upload(one, data[1]).json()["id"], poll_interval=0.1)
+        third = at_two.files.wait_for_processing(upload(two, data[2]).json()["id"], poll_interval=0.1)
+        assert third.status == "processed"
+        for client in (at_one, at_two):
+            assert [file.status for file in client.files.list(order="asc")] == ["processed", "error", "processed"]
+            assert "quota" in client.files.retrieve(other.id).status_details
+            with pytest.raises(openai.BadRequestError, match="quota"):
+                client.chat.completions.create(model=MODEL, messages=ask(other.id))
+            assert client.chat.completions.create(model=MODEL, messages=ask(pinned.id), max_tokens=1).choices
+        httpx.post(f"{two.url}/v1/files/{third.id}", json={"pinned": True})
+        assert code(upload(one, data[3]), 413) == "store_quota_exceeded"
+        store = one.backend.store
+        assert store.nbytes("kv/") + store.nbytes("content/") <= quota
 
 
 def test_pinning(live: Live, file_id: str, video: Path) -> None:
