@@ -19,10 +19,13 @@ class QueryTrace:
     """The question's queries in the first ``layers`` layers of a forward pass over prefix and H-KVs.
 
     ``queries`` is ``[layers, heads, tokens, head_dim]`` before RoPE; the first token stands at position ``start``.
+    The last ``num_asking`` tokens are those that look for the answer: the prompt's last one, and the tokens of a draft
+    of the answer where one stands behind it.
     """
 
     queries: Tensor
     start: int
+    num_asking: int = 1
 
 
 class Scorer(Protocol):
@@ -41,7 +44,9 @@ class AttentionScorer:
     """Softmax mass that the prompt's last token puts on a chunk's H-KVs, averaged over heads.
 
     ``heads`` are (layer, head) pairs; None takes all. The last token has read the whole question, so it is where a
-    causal model looks for the answer; averaging over all question tokens is much worse.
+    causal model looks for the answer; averaging over all question tokens is much worse. Where a draft of the answer is
+    read along, a chunk's score is its best from any of the asking tokens: a question about two things looks for the
+    second one only while it answers.
     """
 
     heads: tuple[tuple[int, int], ...] | None = None
@@ -52,16 +57,16 @@ class AttentionScorer:
 
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
         layers, heads, tokens, head_dim = trace.queries.shape
-        last = trace.queries[:, :, -1:]
-        position = torch.tensor([trace.start + tokens - 1], device=last.device)
-        last = rope.rotate(last, *rope.tables(position, last.dtype))
+        asking = trace.queries[:, :, -trace.num_asking :]
+        positions = trace.start + torch.arange(tokens - trace.num_asking, tokens, device=asking.device)
+        asking = rope.rotate(asking, *rope.tables(positions, asking.dtype))
         keys = cache.keys[:layers, :, : cache.num_mixed].repeat_interleave(heads // cache.keys.shape[1], dim=1)
-        logits = (last @ keys.transpose(-1, -2)).float().squeeze(2) / head_dim**0.5
-        mass = _sum_spans(logits.softmax(-1), cache.spans)
+        logits = (asking @ keys.transpose(-1, -2)).float() / head_dim**0.5
+        mass = _sum_spans(logits.softmax(-1), cache.spans)  # [layers, heads, asking, chunks]
         if self.heads is None:
-            return mass.mean((0, 1))
+            return mass.mean((0, 1)).amax(0)
         index = torch.tensor(self.heads, device=mass.device)
-        return mass[index[:, 0], index[:, 1]].mean(0)
+        return mass[index[:, 0], index[:, 1]].mean(0).amax(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from compression.kv import ChunkKV
@@ -36,6 +38,17 @@ def test_attention_is_the_softmax_mass_of_the_last_token() -> None:
     scores = AttentionScorer(((0, 1), (2, 3))).score(trace, cache, chunks, ROPE)
     torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-5)
     assert scores[2] == 0, "a chunk without KV tokens gets no attention"
+
+
+def test_with_a_draft_a_chunk_scores_what_any_asking_token_gives_it() -> None:
+    trace, cache, chunks = setting()
+    scorer = AttentionScorer(((0, 1), (2, 3)))
+    alone = [  # a causal model makes the same queries, whatever follows
+        scorer.score(QueryTrace(trace.queries[:, :, :tokens], trace.start), cache, chunks, ROPE) for tokens in (3, 4, 5)
+    ]
+    together = scorer.score(replace(trace, num_asking=3), cache, chunks, ROPE)
+    torch.testing.assert_close(together, torch.stack(alone).amax(0))
+    assert not torch.equal(together, alone[-1])
 
 
 def test_attention_without_chosen_heads_is_the_mean_over_all() -> None:
