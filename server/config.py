@@ -34,6 +34,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Precision of the model.")
     low_ratio: int | None = Field(None, ge=1, description="Ratio of the detailed KVs instead of the model's.")
     high_ratio: int | None = Field(None, ge=1, description="Ratio of the small KVs instead of the model's.")
+    prefill_mode: str | None = Field(
+        None,
+        pattern=r"^(exact|high-memory|recent-[1-9]\d*)$",
+        description="What prefill sees of earlier chunks: exact, high-memory or recent-N.",
+    )
     reload: int | None = Field(None, ge=0, description="Chunks re-loaded by default instead of the model's number.")
 
     store: str = Field(

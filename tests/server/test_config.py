@@ -30,6 +30,7 @@ def test_the_default_store_is_a_folder_of_the_user(monkeypatch: pytest.MonkeyPat
         ("X2L_PORT", "70000"),
         ("X2L_MAX_UPLOAD_BYTES", "much"),
         ("X2L_DEVICE", "abacus"),
+        ("X2L_PREFILL_MODE", "recent-0"),
         ("X2L_API_KEY", "one,,two"),
         ("X2L_ALLOWED_LOCAL_MEDIA_PATH", "/no/such/folder"),
     ],
