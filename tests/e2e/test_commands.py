@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -42,18 +43,20 @@ def test_upload_ask_list_and_remove(live: Live, video: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return x2l(*arguments, "--base-url", f"{live.url}/v1")
 
-    uploaded = run("upload", str(video), "--max-frames", "32")
+    uploaded = run("upload", str(video), "--max-frames", "32", "--expires-after-s", "86400", "--pin")
     assert uploaded.returncode == 0, uploaded.stderr
     file_id = uploaded.stdout.strip()
     assert file_id.startswith("file-") and "\n" not in file_id
-    assert run("pin", file_id).stdout.strip() == file_id
     header, *rows, total = run("files").stdout.splitlines()
     [row] = [row.split() for row in rows if file_id in row]
     sizes = [f"{nbytes / 1e6:.1f}" for nbytes in (video.stat().st_size, *sizes_of_kvs(live, file_id))]
-    assert row == [file_id, "made.mp4", "processed", "00:48", "2/2", *sizes, "yes"]
+    assert row[:8] == [file_id, "made.mp4", "processed", "00:48", "2/2", *sizes] and row[10:] == ["yes"]
+    assert datetime.fromisoformat(" ".join(row[8:10])) > datetime.now()
     assert " ".join(header.split()) == "id file status length chunks MB L MB H MB expires pinned"
     assert total.split()[0] == "total" and float(total.split()[1]) >= float(sizes[0])
-    assert run("unpin", file_id).returncode == 0 and " yes" not in run("files").stdout
+    for command, pinned in (("unpin", False), ("pin", True)):
+        assert run(command, file_id).stdout.strip() == file_id
+        assert httpx.get(f"{live.url}/v1/files/{file_id}").json()["pinned"] is pinned
     question = "What code is on the red star?"
     answer = run("ask", file_id, question, "--reload", "1", "--max-tokens", "5")
     assert answer.returncode == 0, answer.stderr
