@@ -36,8 +36,8 @@ PART_NBYTES = 8 << 20
 """Larger values slow Redis and its clients down, and one over 512 MB resets the connection."""
 
 _LAYOUT_VERSION = 1
-_CONNECTIONS = 4
-_READ_NBYTES = 1 << 20  # a call for 32 KiB, which is the client's default, spends its time in calls
+CONNECTIONS = 4
+READ_NBYTES = 1 << 20  # a call for 32 KiB, which is the client's default, spends its time in calls
 _TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 3.0
 _ASIDE_EXPIRES_MS = 3_600_000
@@ -105,7 +105,7 @@ class RedisStore(Store):
         self._name = address.name
         with self._errors("cannot open the store"):
             self._client = address.connect()
-        self._threads = ThreadPoolExecutor(_CONNECTIONS, "x2l-redis")
+        self._threads = ThreadPoolExecutor(CONNECTIONS, "x2l-redis")
         try:
             with self._errors("cannot open the store"):
                 self._open()
@@ -304,7 +304,7 @@ class _Address:
             "socket_timeout": _TIMEOUT_S,
             "socket_connect_timeout": _CONNECT_TIMEOUT_S,
             "socket_keepalive": True,
-            "socket_read_size": _READ_NBYTES,
+            "socket_read_size": READ_NBYTES,
             # Once more, for connections that a restart of the server has cut; what times out is not tried again.
             "retry": Retry(ConstantBackoff(0.1), 1, (redis.ConnectionError,)),
         }

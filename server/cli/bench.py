@@ -17,6 +17,7 @@ def add_to(app: typer.Typer) -> None:
     """Registers the sub-commands."""
     bench = typer.Typer(help="Measures quality and speed.", no_args_is_help=True, rich_markup_mode=None)
     bench.command()(quality)
+    bench.command()(reload)
     app.add_typer(bench, name="bench")
 
 
@@ -183,3 +184,49 @@ def _numbers(text: str) -> list[int]:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "x2l"
+
+
+def reload(
+    chunk_mb: Annotated[float, typer.Option(min=0.1, help="Megabytes of one chunk's detailed KVs.")] = 40.0,
+    top: Annotated[int, typer.Option(min=1, max=6, help="Chunks re-loaded for one question.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Re-loads of which the median is taken.")] = 20,
+    follow_ups: Annotated[
+        int, typer.Option(min=0, help="Follow-up questions of which the median is taken; 0: none are asked.")
+    ] = 20,
+    redis_url: Annotated[
+        str | None, typer.Option(help="A Redis to measure.", show_default="a redis-server started here")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the results go as JSON.")] = None,
+) -> None:
+    """Re-loads detailed KVs from each kind of store, against reading as many plain bytes.
+
+    Then asks a live server with the bundled model follow-up questions: cold, from each store, everything resident.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    from kvstore.errors import StoreError
+    from server.bench.circumstances import to_json
+    from server.bench.reload import run_reload
+    from server.cli import fail
+
+    console = Console(stderr=True)
+    try:
+        result = run_reload(
+            chunk_mb=chunk_mb, top=top, repeats=repeats, follow_ups=follow_ups, redis_url=redis_url, tell=console.print
+        )
+    except StoreError as error:
+        fail(str(error))
+    text = to_json(result)
+    if out is not None:
+        out.write_text(text + "\n")
+    for row in result["throughput"]:
+        floors = ", ".join(f"{name} {speed:.2f}" for name, speed in row["floor_gb_s"].items())
+        met = "met" if row["met"] else "MISSED"
+        print(
+            f"{row['tier']:7} {row['reload_gb_s']:6.2f} GB/s, {row['share']:.0%} of the floor ({floors}); "
+            f"at least {row['at_least']:.0%}: {met}"
+        )
+    for row in result.get("follow_up", {}).get("tiers", ()):
+        times = ", ".join(f"{name.removesuffix('_ms')} {row[name]} ms" for name in row if name != "tier")
+        print(f"{row['tier']:7} first token: {times}")
+    if not all(row["met"] for row in result["throughput"]):
+        sys.exit(1)
