@@ -70,7 +70,9 @@ class VideoStore:
 
     def read_chunk(self, key: KVKey, index: int) -> tuple[ChunkKV, ChunkKV] | None:
         """A chunk's L-KV and H-KV, on the CPU, whether or not the video is committed; None unless all that
-        ``write_chunk`` wrote is there and undamaged (the thumbnail is not read)."""
+        ``write_chunk`` wrote is there and undamaged (the thumbnail is not read), and is what it was given."""
+        if self._low_precision != "exact":
+            return None
         low, high = self._read([key.low(index), key.high(index)])
         if not (isinstance(low, ChunkKV) and isinstance(high, ChunkKV) and self._store.stat(key.thumbnail(index))):
             return None

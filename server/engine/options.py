@@ -41,7 +41,7 @@ class EngineOptions:
     sweep_interval_s: float = 30.0
     reader_threads: int = 4
     writer_threads: int = 2
-    lease_s: float = 10.0
+    lease_s: float = 5.0
     reload_timeout_s: float = 5.0
     load_timeout_s: float = 15.0
     store_patience_s: float = 60.0

@@ -113,6 +113,13 @@ class Prefills:
         job.ingest.cancel()
         self._turn.set()
 
+    def wait_stopped(self, key: KVKey, timeout_s: float) -> None:
+        """Waits for those jobs on a video that were stopped."""
+        with self._lock:
+            jobs = [job for job, video in self._jobs.items() if video.key == key and job.stopped]
+        for job in jobs:
+            job.ended.wait(timeout_s)
+
     def _new_ingest(self, video: Video, info: VideoInfo | None, verify: bool) -> Ingest:
         ingest = Ingest(
             video.key, video.fingerprint, self._model, self._videos, self._writers, self._wake, verify=verify

@@ -230,7 +230,7 @@ def test_an_interrupted_upload_whose_bytes_were_not_kept_fails(drive: Drive, lon
     record = before.upload(long_clip, wait=False)
     before.engine.close()
     after = drive(store, keep_video=False)
-    record = after.engine.library.get(record.id, "")
+    record = after.wait_processed(record)
     assert record.status == "error" and "upload it again" in record.status_details
     assert after.upload(long_clip).status == after.engine.library.get(record.id, "").status == "processed"
 

@@ -1,0 +1,283 @@
+"""The videos that a server looks after: what is known of each, their prefills, and what becomes of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from kvstore.base import Store
+from kvstore.content import ContentStore
+from kvstore.errors import CorruptBlob, PoolError, StoreError
+from kvstore.key import ContentKey, KVKey
+from kvstore.manifest import Manifest
+from kvstore.resident import ResidentPool
+from kvstore.video import VideoStore
+from server.engine.ingest import Ingest
+from server.engine.options import EngineOptions
+from server.engine.prefills import Prefilled, Prefills
+from server.engine.record import FileRecord
+from server.engine.records import Records
+from server.engine.video import Job, Video, fingerprint_of
+from server.models.base import VideoModel
+from server.video.reader import Sampling, VideoInfo
+
+_STOP_TIMEOUT_S = 10.0
+_QUOTA = "the store's quota removed it: upload it again"
+_DELETED = "its file was deleted"
+_log = logging.getLogger(__name__)
+
+
+class Videos:
+    """One Video for every content, sampling and tenant; the files that hold it share it. Any thread may call any
+    method."""
+
+    def __init__(
+        self,
+        model: VideoModel,
+        store: Store,
+        kvs: VideoStore,
+        pool: ResidentPool,
+        records: Records,
+        writers: Executor,
+        options: EngineOptions,
+        *,
+        on_ingest: Callable[[Ingest], None],
+        on_commit: Callable[[Video], None],
+        on_change: Callable[[KVKey], None],
+        wake: Callable[[], None],
+    ) -> None:
+        """``on_commit`` gets a video that has come into the store, and may raise StoreError to refuse it; the others
+        as in Library."""
+        self._model = model
+        self._kvs = kvs
+        self._contents = ContentStore(store)
+        self._pool = pool
+        self._records = records
+        self._options = options
+        self._on_change = on_change
+        self._key = lru_cache(maxsize=10_000)(self._make_key)
+        self._lock = threading.Lock()  # guards the table and what its videos are at, for moments only
+        self._known: dict[KVKey, Video] = {}
+        self._closing = False
+        self._prefills = Prefills(
+            model,
+            store,
+            kvs,
+            writers,
+            options,
+            on_ingest=on_ingest,
+            on_look=self._look_in,
+            on_commit=on_commit,
+            on_end=self._settle,
+            wake=wake,
+        )
+
+    def open(self) -> None:
+        self._prefills.open()
+
+    def close(self) -> None:
+        """Stops all prefills; their chunks stay in the store."""
+        with self._lock:
+            self._closing = True
+        self._prefills.close(_STOP_TIMEOUT_S)
+
+    def key_of(self, record: FileRecord) -> KVKey:
+        return self._key(record.content_sha256, record.sampling, record.tenant)
+
+    def manifest(self, key: KVKey) -> Manifest | None:
+        """None as well for a damaged one, which a new prefill replaces."""
+        try:
+            return self._kvs.manifest(key)
+        except CorruptBlob:
+            return None
+
+    def of(self, record: FileRecord) -> Video:
+        """The video of a record, from the table or new there."""
+        key = self.key_of(record)
+        with self._lock:
+            video = self._known.get(key)
+            if video is None:
+                fingerprint = fingerprint_of(self._model, record.sampling, self._options.low_precision)
+                video = self._known[key] = Video(key, record.content, fingerprint, record.sampling)
+        return video
+
+    def look(self, record: FileRecord) -> Video:
+        """The video of a record; what is not known of it here is looked up. A prefill that nobody seems to look after
+        gets a job, which waits for whoever does."""
+        video = self.of(record)
+        self.see_loss(record)
+        if video.manifest is not None or video.job is not None:
+            return video
+        manifest = self.manifest(video.key)
+        with self._lock:
+            if video.manifest is None and video.job is None:
+                video.manifest = manifest
+                failed = manifest is None and record.status == "error"
+                video.error = record.status_details if failed else None
+                if manifest is None and record.status == "uploaded":
+                    self._prefill(video, None, None)
+        return video
+
+    def see_loss(self, record: FileRecord) -> None:
+        """A video that is ready here may have been removed by the quota of another replica, whose record says so."""
+        with self._lock:
+            video = self._known.get(self.key_of(record))
+        if video is None or video.manifest is None or record.status != "error" or self.manifest(video.key) is not None:
+            return
+        with self._lock:
+            video.manifest, video.error = None, record.status_details
+        self._pool.discard(video.key)
+
+    def snapshot(self, record: FileRecord) -> FileRecord:
+        with self._lock:
+            video = self._known.get(self.key_of(record))
+        status = None if video is None else video.status
+        if video is None or status is None:
+            return record
+        described = video.describe(self._model.spec.frames_per_chunk) or record.video
+        details = video.error if status == "error" else None
+        return replace(record, status=status, status_details=details, video=described)
+
+    def take(self, record: FileRecord, manifest: Manifest | None, path: Path, info: VideoInfo | None) -> bool:
+        """A file has come, and the store has this ``manifest`` of its video: whether ``path`` was taken over for a
+        prefill. ``info`` is what is known of it already."""
+        video = self.of(record)
+        with self._lock:
+            if manifest is None:
+                video.manifest = None  # it may have gone elsewhere
+                return self._prefill(video, path, info)
+            if not video.repairable:
+                video.repairable = True
+                return self._prefill(video, path, info, verify=True)
+            if video.job is None:
+                video.manifest = manifest
+        return False
+
+    def heal(self, video: Video, manifest: Manifest | None) -> None:
+        """Prefills again a video whose H-KVs or manifest, which ``manifest`` promises, are gone or damaged; does
+        nothing if that was seen to already. Returns at once; the end comes through ``on_change``."""
+        with self._lock:
+            gone = self._known.get(video.key) is not video
+            if gone or video.error is not None or video.manifest is not manifest or self._closing:
+                return
+            video.manifest = None
+            self._pool.discard(video.key)
+            self._prefill(video, None, None, verify=True)
+
+    def repair(self, video: Video) -> None:
+        """Makes again, in the background, the L-KVs of a video that are gone or damaged, if its bytes are kept. It
+        answers questions meanwhile."""
+        with self._lock:
+            if self._known.get(video.key) is video and video.manifest is not None and video.repairable:
+                self._prefill(video, None, None, verify=True)
+
+    def forget(self, record: FileRecord) -> None:
+        """Lets go of a file that was deleted, here or elsewhere, and stops a prefill for it alone. Does not block."""
+        key = self.key_of(record)
+        if any(self.key_of(other) == key for other in self._records.all_seen()):
+            return
+        with self._lock:
+            video = self._known.pop(key, None)
+        self._pool.discard(key)
+        if video is not None and video.job is not None:
+            self._prefills.stop(video.job)
+
+    def wait_stopped(self, record: FileRecord) -> None:
+        """Waits until a prefill that was stopped has cleaned up."""
+        self._prefills.wait_stopped(self.key_of(record), _STOP_TIMEOUT_S)
+
+    def clear(self, key: KVKey, content: ContentKey) -> None:
+        """Removes what no file refers to any more."""
+        with self._records.changing(content):
+            records = self._records.all()
+            if all(self.key_of(record) != key for record in records):
+                self._kvs.delete(key)
+            if all(record.content != content for record in records):
+                self._contents.delete(content)
+
+    def busy(self) -> Sequence[Video]:
+        with self._lock:
+            return [video for video in self._known.values() if video.job is not None]
+
+    def lose(self, record: FileRecord, has_kvs: bool, has_bytes: bool) -> None:
+        """A question makes KVs again from the bytes; a file that has neither says so before it is asked about."""
+        if has_kvs:
+            return
+        key = self.key_of(record)
+        self._pool.discard(key)
+        with self._lock:
+            video = self._known.get(key)
+            if video is not None:
+                video.manifest = None
+                video.error = None if has_bytes else _QUOTA
+        if not has_bytes:
+            self._records.change(record, lambda now: replace(now, status="error", status_details=_QUOTA))
+
+    def _prefill(self, video: Video, path: Path | None, info: VideoInfo | None, *, verify: bool = False) -> bool:
+        """Gives a video a job unless it has one; whether ``path`` was taken over. Under the lock."""
+        if video.job is not None or self._closing:
+            return False
+        self._prefills.start(video, path, info, verify=verify)
+        return True
+
+    def _make_key(self, content_sha256: str, sampling: Sampling, tenant: str) -> KVKey:
+        fingerprint = fingerprint_of(self._model, sampling, self._options.low_precision)
+        return KVKey.of(content_sha256, fingerprint, tenant)
+
+    def _files_of(self, video: Video) -> Sequence[FileRecord]:
+        return [record for record in self._records.all_seen() if self.key_of(record) == video.key]
+
+    def _save(self, video: Video) -> int:
+        """Writes down how the video's files stand; how many there are."""
+        count = 0
+        for record in self._files_of(video):
+            now = self._records.get(record.id)
+            if now is not None and now != self.snapshot(now):
+                now = self._records.change(now, self.snapshot)
+            count += now is not None
+        return count
+
+    def _look_in(self, video: Video) -> str | None:
+        """Tells other replicas how far a prefill is; why it is no longer wanted, if that is so."""
+        job = video.job
+        if job is not None and job.running:
+            return None if self._save(video) else _DELETED
+        files = [self._records.get(record.id) for record in self._files_of(video)]
+        left = [record for record in files if record is not None]
+        if not left:
+            return _DELETED
+        failed = all(record.status == "error" for record in left)
+        return left[0].status_details if failed and job is not None and job.path is None else None
+
+    def _settle(self, video: Video, job: Job, result: Prefilled | str | None) -> None:
+        """Notes the end of a prefill: what it made, or why there is nothing. On its own thread or the keeper's."""
+        with self._lock:
+            wanted = self._known.get(video.key) is video
+            if not wanted or result is None:
+                pass
+            elif isinstance(result, Prefilled):
+                if result.high is not None:
+                    with suppress(PoolError):  # then it is read from the store when it is asked about
+                        self._pool.put(video.key, result.high).release()
+                video.manifest, video.repairable = result.manifest, True
+            elif video.manifest is not None:
+                _log.warning("a damaged video could not be repaired: %s", result)
+                video.repairable = False
+            else:
+                video.error = result
+            if video.job is job:  # last, for those who look without the lock
+                video.job = None
+        try:
+            if wanted and video.error is not None:
+                self._kvs.delete(video.key)
+            if not wanted or (result is not None and not self._save(video)):
+                self.clear(video.key, video.content)
+        except StoreError as error:
+            _log.error("the end of a prefill could not be written down: %s", error)
+        self._on_change(video.key)
