@@ -10,6 +10,7 @@ import torch
 
 from kvstore import envelope
 from kvstore.errors import CorruptBlob, FormatVersionError, MissingBlob
+from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.open import open_store
 from kvstore.video import VideoStore
@@ -167,3 +168,19 @@ def test_manifest_json(make):
 def test_what_is_no_manifest(data):
     with pytest.raises(CorruptBlob):
         Manifest.from_json(data)
+
+
+def test_kvs_that_another_model_made_are_not_taken_for_its_own(videos, store, make):
+    """Blobs copied under another model's key, as they lie there."""
+    theirs = make.key()
+    ours = KVKey.of(f"{0:064x}", replace(make.fingerprint, model="other-1"))
+    make.write(videos, theirs, 2)
+    for key in list(store.keys(theirs.root)):
+        store._write(ours.root + key.removeprefix(theirs.root), *store._read(key))
+    before = sorted(store.keys())
+    for read in (videos.manifest, videos.read_high):
+        with pytest.raises(CorruptBlob):
+            read(ours)
+    assert isinstance(videos.read_low(ours, [0])[0], CorruptBlob)
+    assert sorted(store.keys()) == before
+    assert make.same(videos.read_low(theirs, [0])[0], make.kv("low", seed=1))
