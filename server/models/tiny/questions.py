@@ -15,12 +15,15 @@ from server.models.tiny.language import ANSWERS, FORMS, NO_VIDEO, POSITIONS
 from server.models.tiny.phrases import roughen, sentence
 from server.models.tiny.world import CHUNK_TICKS, COLORS, LOWER, MAX_SHOT_TICKS, PLATE_COLORS, SHAPES, SYMBOLS, Script
 
-MAX_ROW = 48
+MAX_TURN = 48
+"""Most tokens of one question with its answer."""
+MAX_ROW, MAX_PAST = 112, 3
+"""Most tokens of a row, and most turns before its question."""
 MAX_SPANS = 4
 TYPES = tuple(dict.fromkeys(FORMS.values()))
 FINAL_MIX: Mapping[str, float] = {
-    "code": 0.36, "exist": 0.08, "order": 0.10, "count": 0.07, "time": 0.09, "object": 0.08, "multi": 0.08,
-    "rev": 0.03, "atcode": 0.05, "describe": 0.01, "refuse": 0.04, "greeting": 0.01,
+    "code": 0.25, "exist": 0.10, "order": 0.13, "count": 0.10, "time": 0.11, "object": 0.10, "multi": 0.11,
+    "rev": 0.02, "atcode": 0.03, "describe": 0.01, "refuse": 0.03, "greeting": 0.01,
 }  # fmt: skip
 _FORM_NAMES = (*FORMS, "blind")
 _SCENES = 3
@@ -31,7 +34,7 @@ def _slots() -> dict[str, int]:
     names = [f"{name}_{part}" for name in ("obj1", "obj2", "first", "scene1", "scene2", "scene3") for part in (0, 1)]
     names += [f"{name}_{part}" for name in ("code1", "code2", "spoken1", "spoken2") for part in range(3)]
     names += [f"{name}_{part}" for name in ("time1", "time2", "clock1", "clock2", "clock3") for part in range(4)]
-    names += ["lab1", "lab2", "a1", "a2", "yes", "n"]
+    names += ["lab1", "lab2", "a1", "a2", "yes", "said", "n"]
     names += [f"p{index}_{word}" for index in (1, 2) for word in POSITIONS]
     return {name: column for column, name in enumerate(names)}
 
@@ -41,7 +44,10 @@ SLOTS = _slots()
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """R question rows for each of V videos; a row is question, <assistant>, answer, <end>, padding."""
+    """R question rows for each of V videos; a row is question, <assistant>, answer, <end>, padding.
+
+    In a dialogue up to MAX_PAST such turns about the same video stand before it, with <user> between.
+    """
 
     ids: Tensor  # [V, R, MAX_ROW] int64
     answer: Tensor  # [V, R, MAX_ROW] bool: the tokens to learn (answer and <end>)
@@ -58,8 +64,7 @@ class QuestionBank:
         rng = Random(seed)
         rows = [_row(form, rng) for form in _FORM_NAMES for _ in range(rows_per_form)]
         self.rows_per_form = rows_per_form
-        self.ids = torch.tensor([ids for ids, _ in rows], device=device)
-        self.answer = torch.tensor([mask for _, mask in rows], device=device)
+        self.ids, self.answer, self.past = (torch.tensor(part, device=device) for part in zip(*rows, strict=True))
 
         def ids_of(*tokens: str) -> Tensor:
             return torch.tensor([_id(token) for token in tokens], device=device)
@@ -72,7 +77,7 @@ class QuestionBank:
         self._label = ids_of(*(f"▁{name}" for name in PLATE_COLORS))
         self._place = ids_of(*(f"▁{word}" for pair in POSITIONS.items() for word in pair)).view(-1, 2)
         self._symbol, self._spoken = byte_ids(SYMBOLS), byte_ids(SYMBOLS.lower())
-        self._digit, self._yes_no = byte_ids("0123456789"), ids_of("▁No", "▁Yes")
+        self._digit, self._yes_no, self._said = byte_ids("0123456789"), ids_of("▁No", "▁Yes"), ids_of("▁no", "▁yes")
         self._article = ids_of(*("▁an" if name[0] in "aeiou" else "▁a" for name in COLORS))
 
     def sample(
@@ -81,12 +86,14 @@ class QuestionBank:
         rows: int,
         generator: torch.Generator,
         mix: Mapping[str, float] = FINAL_MIX,
-        p_blind: float = 0.03,
+        blind: Tensor | None = None,
+        p_dialogue: float = 0.0,
     ) -> Questions:
         """Draw ``rows`` questions a video on the generator's device (the bank's and the script's).
 
         ``mix`` weighs the types; a type that a video cannot carry (order with one target, describe with two shots)
-        becomes ``code``.
+        becomes ``code``. ``blind`` [V, rows] marks those to be asked without a video; of the others a share
+        ``p_dialogue`` follows one to MAX_PAST other questions and answers.
         """
         device, (videos, ticks) = generator.device, script.objects.shape
         shape = (videos, rows)
@@ -143,7 +150,7 @@ class QuestionBank:
         fixed1 = at(script.static, tick1) | (at(script.lengths, tick1) == 1)
         fixed2 = at(script.static, tick2) | (at(script.lengths, tick2) == 1)
         lone = self._lone_color(script, tick1, place1, label1)
-        short = is_type["object"] & (tick1 < 600) & (rand() < 0.2)
+        short = is_type["object"] & (tick1 + script.clock[:, None] < 600) & (rand() < 0.2)
         form = torch.tensor([_FORM_NAMES.index(_first_form(name)) for name in TYPES], device=device)[types]
         choose = rand()
         code = is_type["code"]
@@ -156,8 +163,8 @@ class QuestionBank:
         ):
             form = torch.where(when, _FORM_NAMES.index(name), form)
         # Where the place alone names the plate at a time, the tick is given: atcode needs no more.
-        blind = (rand() < p_blind) & ~is_type["greeting"]
-        form = torch.where(blind, _FORM_NAMES.index("blind"), form)
+        blind = torch.zeros_like(lost) if blind is None else blind
+        form = torch.where(blind & ~is_type["greeting"], _FORM_NAMES.index("blind"), form)
 
         values = torch.zeros(*shape, len(SLOTS), dtype=torch.long, device=device)
 
@@ -169,7 +176,8 @@ class QuestionBank:
             put(name, self._color[index // len(SHAPES)], self._shape[index % len(SHAPES)])
 
         def put_time(name: str, tick: Tensor) -> None:
-            put(name, *(self._digit[digit] for digit in (tick // 600 % 10, tick // 60 % 10, tick // 10 % 6, tick % 10)))
+            s = tick + script.clock[:, None]
+            put(name, *(self._digit[digit] for digit in (s // 600 % 10, s // 60 % 10, s // 10 % 6, s % 10)))
 
         put_object("obj1", object1)
         put_object("obj2", object2)
@@ -184,6 +192,7 @@ class QuestionBank:
         put("a1", self._article[object1 // len(SHAPES)])
         put("a2", self._article[object2 // len(SHAPES)])
         put("yes", self._yes_no[(~use_absent).long()])
+        put("said", self._said[(~use_absent).long()])
         put("n", self._digit[count])
         for row, word in enumerate(POSITIONS):
             put(f"p1_{word}", self._place[row][place1])
@@ -195,13 +204,20 @@ class QuestionBank:
             put_time(f"clock{scene + 1}", tick)
 
         row_index = form * self.rows_per_form + below(self.rows_per_form)
-        ids = self.ids[row_index]
-        ids = torch.where(ids < 0, values.gather(2, (-ids - 1).clamp(min=0)), ids)
+
+        def filled(table: Tensor) -> Tensor:
+            ids = table[row_index]
+            return torch.where(ids < 0, values.gather(2, (-ids - 1).clamp(min=0)), ids)
+
+        in_dialogue = (rand() < p_dialogue) & ~blind
+        before = torch.stack([below(max(rows - 1, 1)) for _ in range(MAX_PAST)], -1)  # not the last: it may be blind
+        num_before = torch.where(in_dialogue, 1 + below(MAX_PAST), 0)
+        ids, answer = _dialogue(filled(self.ids), self.answer[row_index], filled(self.past), before, num_before)
         chunks = self._chunks(script, is_type, form, (tick1, tick2, start1, start2), shown, use_absent | lost | blind)
         second = is_type["order"] | is_type["multi"]
         return Questions(
             ids=ids,
-            answer=self.answer[row_index],
+            answer=answer,
             types=types,
             chunks=chunks,
             ticks=torch.stack([tick1, torch.where(second, tick2, tick1)], -1),
@@ -253,23 +269,40 @@ def _pick_code(codes: Tensor, place: Tensor) -> Tensor:
     return codes.gather(2, place[..., None, None].expand(-1, -1, 1, codes.shape[3]))[:, :, 0]
 
 
-def _row(form: str, rng: Random) -> tuple[list[int], list[bool]]:
-    """One phrasing as ids (blanks are ``-1 - column``) and answer mask, both MAX_ROW long."""
+def _dialogue(ids: Tensor, answer: Tensor, past: Tensor, before: Tensor, num_before: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [V, R, MAX_ROW] with the first ``num_before`` [V, R] of the turns ``before`` [V, R, MAX_PAST] in front.
+
+    ``before`` indexes ``past`` [V, R, MAX_TURN]; the turns that leave no room are dropped, furthest first.
+    """
+    videos, rows, size = ids.shape
+    pad = _id(tokenizer.PAD)
+    turns = past.gather(1, before.flatten(1)[..., None].expand(-1, -1, size)).view(videos, rows, MAX_PAST, size)
+    room = MAX_ROW - (ids != pad).sum(-1)
+    fits = (turns != pad).sum(-1).cumsum(-1) <= room[..., None]
+    fits &= torch.arange(MAX_PAST, device=ids.device) < num_before[..., None]
+    turns = torch.where(fits[..., None], turns, pad).flip(2)
+    wide = torch.cat([turns.flatten(2), ids], 2)
+    learn = torch.cat([torch.zeros_like(turns.flatten(2), dtype=torch.bool), answer], 2)
+    order = (wide == pad).long().argsort(stable=True, dim=2)[..., :MAX_ROW]
+    return wide.gather(2, order), learn.gather(2, order)
+
+
+def _row(form: str, rng: Random) -> tuple[list[int], list[bool], list[int]]:
+    """One phrasing, MAX_TURN long: ids (blanks are ``-1 - column``), answer mask, and ids as an earlier turn.
+
+    An earlier answer comes back through the client, so there it is encoded as users' text is.
+    """
     while True:
         asked = form if form != "blind" else rng.choice([name for name in FORMS if name != "greeting"])
-        question = roughen(sentence(asked, rng), rng)
-        if "2}" not in question and "{p2" not in question and rng.random() < 0.06:
-            # A turn before this one. Its answer comes back through the client, so it is encoded as users' text is.
-            question = (
-                f"{roughen(sentence('time', rng), rng).replace('1}', '2}')}<assistant>{{time2}}<end><user>{question}"
-            )
-        prompt = [*_encode(question), _id(tokenizer.ASSISTANT)]
-        answer = _encode(ANSWERS.get(form, NO_VIDEO), answer=True)
-        answer.append(_id(tokenizer.END))
-        padding = MAX_ROW - len(prompt) - len(answer)
-        if padding >= 0:
-            ids = prompt + answer + [_id(tokenizer.PAD)] * padding
-            return ids, [False] * len(prompt) + [True] * len(answer) + [False] * padding
+        prompt = [*_encode(roughen(sentence(asked, rng), rng)), _id(tokenizer.ASSISTANT)]
+        text = ANSWERS.get(form, NO_VIDEO)
+        answer = [*_encode(text, answer=True), _id(tokenizer.END)]
+        turn = [*prompt, *_encode(text), _id(tokenizer.END), _id(tokenizer.USER)]
+        padding, rest = MAX_TURN - len(prompt) - len(answer), MAX_TURN - len(turn)
+        if min(padding, rest) >= 0:
+            pad = _id(tokenizer.PAD)
+            mask = [False] * len(prompt) + [True] * len(answer) + [False] * padding
+            return prompt + answer + [pad] * padding, mask, turn + [pad] * rest
 
 
 def _id(token: str) -> int:
@@ -291,7 +324,7 @@ def _encode(text: str, answer: bool = False) -> list[int]:
             # The blank before a blank's value is written below; a trailing one of the literal would double it.
             ids += literal[:-1] if literal[-1:] == [blank] else literal
             continue
-        name = piece.replace("code", "spoken") if not answer else piece
+        name = piece if answer else piece.replace("code", "spoken").replace("yes", "said")
         if name in SLOTS:
             ids.append(-1 - SLOTS[name])
             continue

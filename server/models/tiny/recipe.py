@@ -40,6 +40,7 @@ LEVELS = (
     Level({1: 0.4, 2: 0.4, 4: 0.2}, {8: 0.6, 6: 0.2, 4: 0.2}, 0.9, 0.5, 0.8, 1500),
     Level({2: 0.3, 4: 0.4, 8: 0.3}, {8: 0.5, 6: 0.2, 4: 0.3}, 0.5, 0.25, 0.7, 1500),
     Level({4: 0.15, 8: 0.25, 16: 0.6}, {8: 0.5, 6: 0.2, 4: 0.25, 2: 0.05}, 0.2, 0.1, 2.0, 10**9),
+    Level({4: 0.1, 8: 0.1, 16: 0.3, 32: 0.2, 64: 0.3}, {8: 0.5, 6: 0.2, 4: 0.25, 2: 0.05}, 0.2, 0.1, 2.0, 10**9),
 )
 
 
@@ -67,6 +68,12 @@ class Recipe:
     p_uniform: float = 0.35
     p_raw: float = 0.15
     """Share of steps with some uncompressed chunks."""
+    p_late: float = 0.3
+    """Share of videos that do not begin at 00:00, so that every digit of the clock is seen."""
+    p_dialogue: float = 0.25
+    """Share of questions that follow others."""
+    p_bilevel: float = 0.0
+    """Share of steps with nearly all chunks at ratio 32 and the others at 2, as questions are answered."""
     p_gap: float = 0.2
     """Share of steps with gaps between the chunks' positions, as in longer videos."""
     init: str = ""
@@ -76,8 +83,8 @@ class Recipe:
 
 
 STAGES: Mapping[str, Recipe] = {
-    "1-codes": Recipe(steps=9_000, mix=CODES_MIX),
-    "2-all": Recipe(steps=5_000, seed=1_000_002, level=2, muon_lr=2e-3, adam_lr=1e-3, hold=0.3, fade=0.1),
+    "1-codes": Recipe(steps=3_100, batch=10, hold=1.0, fade=1.0, mix=CODES_MIX),
+    "2-long": Recipe(steps=12_000, seed=1_000_002, level=3, num_chunks=64, batch=3, fade=0.3, p_bilevel=0.2),
 }
 """What ``python -m server.models.tiny.train`` runs, each stage from the weights of the one before."""
 
@@ -87,6 +94,8 @@ def draw_ratios(rng: np.random.Generator, recipe: Recipe, level: Level, shape: S
     num = shape.num_chunks
     if rng.random() < level.p_gentle:
         return [int(rng.choice([2, 4]))] * num
+    if rng.random() < recipe.p_bilevel:
+        return [int(ratio) for ratio in np.where(rng.random(num) < 0.08, 2, 32)]
     while True:
         if rng.random() < recipe.p_uniform:
             ratios = np.full(num, rng.choice(RATIOS, p=[0.26, 0.14, 0.14, 0.14, 0.26, 0.06]))

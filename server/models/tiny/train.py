@@ -105,12 +105,16 @@ class Trainer:
         self.step, self.level, self.level_start, self.ema, self.num_ema = 0, recipe.level, 0, 0.0, 0
         self.report = Report()
         self._encode, self._layer, self._draw = self._encode_now, self._layer_now, self._draw_now
+        self._read, self._keep, self._retrieve = self.frame_head.forward, memory_reading, retrieval_loss
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch._dynamo.config.recompile_limit = 32
             self._encode = torch.compile(self._encode_now, dynamic=False)
             self._layer = torch.compile(self._layer_now, dynamic=False)
             self._draw = torch.compile(self._draw_now, dynamic=False)
+            self._read = torch.compile(self._read, dynamic=False)
+            self._keep = torch.compile(self._keep, dynamic=False)
+            self._retrieve = torch.compile(self._retrieve, dynamic=False)
             self._block_mask = torch.compile(create_block_mask)
 
     def _draw_now(self, script: Script) -> Tensor:
@@ -146,20 +150,23 @@ class Trainer:
         """Questions of all videos as rows of packed sequences [batch, rows, ...], and where their answers are."""
         batch, shape = self.recipe.batch, self.shape
         per_sequence = shape.num_chunks // chunks
-        asked = self.bank.sample(script, shape.num_rows // per_sequence, self.generator, self.recipe.mix, p_blind=0.0)
+        rows = shape.num_rows // per_sequence
+        # The last row of every sequence is asked without a video.
+        blind = torch.zeros(batch, shape.num_rows, dtype=torch.bool, device=self.device)
+        blind[:, -1] = True
+        asked = self.bank.sample(
+            script, rows, self.generator, self.recipe.mix, blind.view(-1, rows), self.recipe.p_dialogue
+        )
         first = torch.arange(per_sequence, device=self.device).repeat(batch) * chunks * shape.chunk_tokens
         spans = []
         for span in retrieval_spans(script, asked, chunks):
             moved = torch.where(span[..., 1:] > 0, span + first[:, None, None, None], 0)
             spans.append(moved.view(batch, shape.num_rows, -1, 2))
-        rows = [t.view(batch, shape.num_rows, *t.shape[2:]) for t in (asked.ids, asked.answer, asked.types)]
-        # The last row of every sequence is asked without a video.
-        blind = self.bank.sample(script, 1, self.generator, self.recipe.mix, p_blind=1.0)
-        of_last = slice(per_sequence - 1, None, per_sequence)
-        rows[0][:, -1], rows[1][:, -1], rows[2][:, -1] = blind.ids[of_last, 0], blind.answer[of_last, 0], len(TYPES)
-        for span in spans:
-            span[:, -1] = 0
-        return replace(asked, ids=rows[0], answer=rows[1], types=rows[2]), spans[0], spans[1]
+        ids, answer, types = (
+            t.view(batch, shape.num_rows, *t.shape[2:]) for t in (asked.ids, asked.answer, asked.types)
+        )
+        types = torch.where(blind, len(TYPES), types)
+        return replace(asked, ids=ids, answer=answer, types=types), spans[0], spans[1]
 
     def train_step(self) -> None:
         """One step: new videos, their questions, forward, backward, both optimisers."""
@@ -173,16 +180,21 @@ class Trainer:
         with torch.no_grad():
             videos = recipe.batch * shape.num_chunks // chunks
             script = sample_scripts(
-                videos, chunks, self.generator, durations=level.durations, p_static=level.p_static
-            )  # fmt: skip
+                videos,
+                chunks,
+                self.generator,
+                durations=level.durations,
+                p_static=level.p_static,
+                p_late=recipe.p_late,
+            )
             asked, chunk_spans, moment_spans = self._ask(script, chunks)
             frames = self._draw(script)
-            seconds = torch.arange(script.num_ticks, device=device).repeat(videos)
+            seconds = (torch.arange(script.num_ticks, device=device) + script.clock[:, None]).flatten()
             targets = frame_targets(script)
         losses: dict[str, Tensor] = {}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             tokens = self._encode(frames, seconds)
-            losses["reading"], losses["read"] = self.frame_head(tokens.flatten(1), targets.flatten(0, 1))
+            losses["reading"], losses["read"] = self._read(tokens.flatten(1), targets.flatten(0, 1))
             visual = tokens.reshape(recipe.batch, shape.num_visual, -1).to(self.dtype)
             x = embed(self.modules.decoder, shape, visual, asked.ids.flatten(1), self.prefix)
             tables = Tables.of(self.layout, self.rope, self.dtype)
@@ -190,10 +202,10 @@ class Trainer:
                 assert isinstance(layer, Layer)
                 if index == recipe.auxiliary_layer:
                     known = targets.view(recipe.batch, -1, targets.shape[-1])
-                    losses["keeping"], losses["kept"] = memory_reading(self.memory_head, self.layout, x, known)
+                    losses["keeping"], losses["kept"] = self._keep(self.memory_head, self.layout, x, known)
                     if 1 not in ratios:
                         spans = (chunk_spans, moment_spans)
-                        losses["to_chunk"], losses["to_moment"] = retrieval_loss(
+                        losses["to_chunk"], losses["to_moment"] = self._retrieve(
                             layer, x, self.layout, tables, self.rope, asked.answer, asked.types, *spans
                         )
                 x = self._layer(layer, x, tables, self.layout.memory_index, mask)
@@ -248,7 +260,7 @@ class Trainer:
     def run(self, minutes: float, fit: bool) -> bool:
         """Trains until the recipe ends (True) or ``minutes`` are over (False), saving every other minute.
 
-        With ``fit`` the number of steps is chosen, once compiled and timed, so that the recipe ends in ``minutes``.
+        With ``fit`` the number of steps is chosen, and corrected on the way, so that the recipe ends in ``minutes``.
         """
         start = reported = saved = timed = time.monotonic()
         first = self.step
@@ -257,14 +269,14 @@ class Trainer:
             now = time.monotonic()
             if fit and self.step == first + 20:
                 timed = now
-            if fit and self.step == first + 120:
-                left_s = 60 * minutes - (now - start) - 10
-                self.recipe = replace(self.recipe, steps=self.step + int(left_s / (now - timed) * 100))
-                self.report.write(self.out, {"steps": self.recipe.steps})
             if self.step in (1, 10) or now - reported > 15:
                 head = {"step": self.step, "level": self.level, "s": round(now - start), "ema": round(self.ema, 3)}
-                self.report.write(self.out, head | self.report.summary())
+                self.report.write(self.out, head | {"steps": self.recipe.steps} | self.report.summary())
                 reported = now
+                if fit and self.step > first + 100:
+                    left_s = 60 * minutes - (now - start) - 10
+                    steps = self.step + int(left_s / (now - timed) * (self.step - first - 20))
+                    self.recipe = replace(self.recipe, steps=max(steps, self.step))
             if now - saved > 120:
                 self.save()
                 saved = now

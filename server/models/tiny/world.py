@@ -45,6 +45,8 @@ CODE_LENGTH = 3
 MAX_SHOT_TICKS = len(PLATE_COLORS)
 NUM_OBJECTS = len(COLORS) * len(SHAPES)
 MAX_TARGETS, NUM_ABSENT, NUM_COUNTED = 24, 12, 3
+MAX_CLOCK_S = 6000
+"""99:59 is the last second that can be told."""
 FIRST_TRAINING_SEED = 1_000_000
 """Seeds below belong to benchmarks (``make-video``); training takes this one and above."""
 
@@ -74,6 +76,7 @@ class Script:
     num_targets: Tensor  # [V]
     absent: Tensor  # [V, NUM_ABSENT]
     counted: Tensor  # [V, NUM_COUNTED]
+    clock: Tensor  # [V] the time of tick 0 in s
 
     @property
     def num_ticks(self) -> int:
@@ -99,13 +102,15 @@ def sample_scripts(
     *,
     durations: Mapping[int, float] = FINAL_DURATIONS,
     p_static: float = 0.15,
+    p_late: float = 0.0,
     cut_at_chunks: bool = True,
 ) -> Script:
     """Draw ``num_videos`` scripts of ``num_chunks`` chunks on the generator's device.
 
-    ``durations`` maps shot lengths in s (1 to 8) to weights; the phase of the first shot is random. With
-    ``cut_at_chunks`` a shot ends at the chunk's border (a shorter one, down to 1 s, may result), so that every target
-    lies in one chunk. Raises ValueError for lengths out of range.
+    ``durations`` maps shot lengths in s (1 to 8) to weights; the phase of the first shot is random. A share
+    ``p_late`` of the videos starts at any time up to MAX_CLOCK_S, as if cut from a longer one. With ``cut_at_chunks``
+    a shot ends at the chunk's border (a shorter one, down to 1 s, may result), so that every target lies in one chunk.
+    Raises ValueError for lengths out of range.
     """
     if not durations or not all(1 <= d <= MAX_SHOT_TICKS for d in durations):
         raise ValueError(f"shot lengths must lie in 1..{MAX_SHOT_TICKS} s, got {sorted(durations)}")
@@ -160,6 +165,7 @@ def sample_scripts(
     shot_looks = rand(num_videos, ticks, NUM_SHOT_LOOKS)
     shot_looks = shot_looks.gather(1, starts[..., None].expand_as(shot_looks))
     looks = torch.cat([shot_looks, rand(num_videos, ticks, NUM_TICK_LOOKS)], 2)
+    clock = randint(max(1, MAX_CLOCK_S - ticks), num_videos) * (rand(num_videos) < p_late)
     return Script(
         objects=shown.gather(1, starts),
         codes=codes,
@@ -173,6 +179,7 @@ def sample_scripts(
         num_targets=num_targets,
         absent=absent,
         counted=counted,
+        clock=clock,
     )
 
 
