@@ -84,6 +84,15 @@ def select(
     return Selection(tuple(ranked[:reload]))
 
 
+def peaks(scores: Sequence[float], share: float, most: int) -> tuple[int, ...]:
+    """At most ``most`` chunks that score at least ``share`` of the best one, best first.
+
+    As many as the scores have peaks: one for a question about one moment, more for a question about several.
+    """
+    ranked = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    return tuple(index for index in ranked[:most] if scores[index] >= share * scores[ranked[0]])
+
+
 def _in_range(dial: Dial, chunks: Sequence[Chunk]) -> set[int]:
     start_s = 0.0 if dial.start_s is None else dial.start_s
     end_s = float("inf") if dial.end_s is None else dial.end_s

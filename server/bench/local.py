@@ -185,11 +185,13 @@ class LocalVideo:
         return [reply.scores for reply in replies]
 
     @torch.inference_mode()
-    def score_over(self, text: str, chunks: Sequence[ChunkKV], scorer: Scorer) -> list[float]:
-        """One score a chunk for a question that is read over these KVs (in place of the H-KVs)."""
+    def score_over(self, text: str, chunks: Sequence[ChunkKV], scorer: Scorer, draft: str = "") -> list[float]:
+        """One score a chunk for a question, and a draft of its answer, read over these KVs (in place of the H-KVs)."""
         cache = self.cache(chunks)
+        draft_ids = self.model.tokenizer.encode(draft, add_special_tokens=False)
         with self._scoring(scorer):
-            trace = self.model.trace(self._prompt(text), cache)
+            ids = torch.tensor([*self._prompt(text).tolist(), *draft_ids], device=self.model.device)
+            trace = replace(self.model.trace(ids, cache), num_asking=1 + len(draft_ids))
         scores: list[float] = scorer.score(trace, cache, chunks, self.model.rope).tolist()
         return scores
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from compression.kv import ChunkKV
 from compression.methods import COMPRESSORS, EVICTIONS
 from compression.score import AttentionScorer, CosineScorer, Scorer
-from compression.select import Dial
+from compression.select import Dial, peaks
 from server.bench.local import LocalVideo
 from server.bench.reply import Reply
 from server.bench.synthetic import Question
@@ -19,6 +19,8 @@ from server.bench.video import AskedVideo
 
 RELOADS = (1, 2, 3, 4, 6)
 UNIFORM_RATIOS = (4, 8, 16)
+PEAK = 0.35
+"""Chunks with this share of the best score are re-loaded after a draft of the answer."""
 
 
 class Method(Protocol):
@@ -147,6 +149,14 @@ def _random(video: AskedVideo, question: Question) -> Dial:
     return Dial(chunks=tuple(_shuffled(video, question)[: video.default_reload]))
 
 
+def _drafted(video: AskedVideo, question: Question) -> Dial:
+    """The default's chunks, and those that its answer, taken for a draft, looks for."""
+    local = _local(video)
+    (draft,) = local.ask([(question.text, Dial())])
+    wanted = local.score_over(question.text, local.high, local.model.scorer, draft.text)
+    return Dial(chunks=tuple(dict.fromkeys((*draft.reloaded, *peaks(wanted, PEAK, 2 * local.default_reload)))))
+
+
 def _shuffled(video: AskedVideo, question: Question) -> list[int]:
     return Random(question.text).sample(range(video.num_chunks), video.num_chunks)
 
@@ -206,6 +216,7 @@ METHODS: list[Method] = [
     *_reloads("attention", None),
     *_reloads("every-head", AttentionScorer()),
     *_reloads("cosine", CosineScorer()),
+    Dependent("draft", "draft", _drafted),
     Dialled("oracle", "oracle", _oracle, at_default=True),
     Dialled("random", "random", _random, at_default=True),
     Built("raw", "raw", lambda video: [chunk.kv for chunk in video.raw]),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compression.chunk import Chunk
-from compression.select import CacheSizes, Dial, SelectionError, select
+from compression.select import CacheSizes, Dial, SelectionError, peaks, select
 
 CHUNKS = [Chunk(index, 16.0 * index, 16.0 * (index + 1), 16) for index in range(6)]
 SIZES = CacheSizes(prefix=9, low=[64] * 6, high=[4] * 6)
@@ -68,3 +68,10 @@ def test_a_budget_is_kept_and_used(budget: int, scores: list[float], low: list[i
     assert sizes.mixed(selection) <= budget
     left = [index for index in range(6) if index not in selection]
     assert all(sizes.mixed(selection) + low[index] - 4 > budget for index in left)
+
+
+def test_peaks_are_as_many_as_stand_out() -> None:
+    assert peaks([0.1, 0.8, 0.05, 0.5], 0.4, 3) == (1, 3)
+    assert peaks([0.1, 0.8, 0.05, 0.1], 0.4, 3) == (1,)
+    assert peaks([0.3, 0.3, 0.3, 0.3], 0.4, 3) == (0, 1, 2)
+    assert peaks([], 0.4, 3) == ()
