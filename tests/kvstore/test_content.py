@@ -34,7 +34,7 @@ def test_round_trip(contents, nbytes):
     assert all(0 < len(piece) <= 100 for piece in pieces)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
 @given(start=st.integers(-400, 400), stop=st.none() | st.integers(-400, 400))
 def test_ranges_are_slices(contents, start, stop):
     data = bytes(range(251))

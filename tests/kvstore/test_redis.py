@@ -40,6 +40,7 @@ def fds() -> int:
 @pytest.mark.parametrize("backend", ["redis", "rediss", "cluster"])
 def test_large_blobs_go_in_parts(request, backend):
     store = RedisStore(request.getfixturevalue(f"{backend}_url"))
+    store._client.flushall()
     for key in ("kv/a/low/1", "kv/a/low/2"):
         store.put(key, LARGE)
         lengths = [len(value) for value in store._client.hvals(f"x2l:{{{key}}}")]

@@ -13,7 +13,7 @@ from kvstore import envelope
 from kvstore.errors import CorruptBlob, FormatVersionError, InvalidKey, InvalidStoreURL, StoreError
 from kvstore.open import open_store
 
-on_one_store = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+on_one_store = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 
 
 def test_a_miss_is_none(store):
