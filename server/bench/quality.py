@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,13 +17,16 @@ from server.bench.local import LocalBench
 from server.bench.methods import PLAIN, Method, choose_methods
 from server.bench.plot import draw, require_matplotlib
 from server.bench.records import RunFolder, open_folder
-from server.bench.remote import RemoteBench
 from server.bench.run import Bench, run_all, unanswered
 from server.bench.summary import summarize
 from server.bench.synthetic import SyntheticVideo, choose_videos, making
 from server.bench.table import print_table, print_targets
 from server.bench.targets import check
+from server.bench.video import ServerUnusable
 from server.models.registry import Device, DType, load_model
+
+if TYPE_CHECKING:
+    from server.bench.remote import RemoteBench
 
 SIZES: Mapping[str, Mapping[int, int]] = {
     "quick": {8: 3, 16: 3},
@@ -69,7 +72,7 @@ def run_quality(
     with ExitStack() as stack:
         bench: Bench
         if target.base_url is not None:
-            remote = stack.enter_context(RemoteBench(target.base_url, api_key=target.api_key, model=target.model))
+            remote = stack.enter_context(_server(target))
             methods = choose_methods(patterns, local=False, dials=remote.has_dials)
             default = PLAIN.name
             configuration |= {"server": target.base_url, "model": remote.model}
@@ -95,6 +98,14 @@ def run_quality(
     if plot:
         draw(summary, default, out / "quality.png")
     return result
+
+
+def _server(target: Target) -> RemoteBench:
+    try:
+        from server.bench.remote import RemoteBench
+    except ImportError:
+        raise ServerUnusable("--base-url needs the openai client: pip install 'video-x2l-server[bench]'") from None
+    return RemoteBench(str(target.base_url), api_key=target.api_key, model=target.model)
 
 
 def _ask_all(

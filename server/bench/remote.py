@@ -15,17 +15,13 @@ import openai
 from compression.score import Scorer
 from compression.select import Dial
 from server.bench.reply import MAX_TOKENS, PHASES, Reply
-from server.bench.video import VideoRefused
+from server.bench.video import ServerUnusable, VideoRefused
 
 OWN = "x2l"
 """What this server says that its models are owned by."""
 _CONCURRENCY = 8
 _TIMEOUT_S = 600.0
 _POLL_S = 0.1
-
-
-class ServerUnusable(RuntimeError):  # noqa: N818 - errors are named for what is wrong
-    """The server cannot be reached, or does not serve the model; the message says why."""
 
 
 class RemoteBench:

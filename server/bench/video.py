@@ -14,6 +14,10 @@ class VideoRefused(RuntimeError):  # noqa: N818 - errors are named for what is w
     """A video could not be prefilled; the message says why."""
 
 
+class ServerUnusable(RuntimeError):  # noqa: N818
+    """A server cannot be reached or asked; the message says why."""
+
+
 class AskedVideo(Protocol):
     """One video, ready to be asked about.
 

@@ -122,7 +122,7 @@ def quality(
     lengths = _numbers(chunks)
     from server.bench.plot import PlotUnavailable
     from server.bench.quality import SIZES, Target, num_errors, run_quality
-    from server.bench.remote import ServerUnusable
+    from server.bench.video import ServerUnusable
     from server.cli import fail
 
     counts = dict(SIZES[size])

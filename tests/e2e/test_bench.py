@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from typer.testing import CliRunner
 
 from server.bench.quality import Target, num_errors, run_quality
 from server.bench.records import open_folder
-from server.bench.remote import ServerUnusable
 from server.bench.synthetic import choose_videos
+from server.bench.video import ServerUnusable
 from server.cli import app as x2l
 from server.models.tiny.make_video import make_video
 
@@ -144,6 +145,15 @@ def test_servers_that_cannot_be_used(live: Live, videos_folder: Path, tmp_path: 
             console=Console(quiet=True),
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_without_the_client_it_says_what_to_install(
+    videos_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "server.bench.remote", raising=False)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ServerUnusable, match=r"video-x2l-server\[bench\]"):
+        run(tmp_path / "run", videos_folder, "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(
