@@ -11,14 +11,15 @@ from server.bench.interval import wilson
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LINES: Mapping[str, tuple[str, str, str]] = {
+LINES: dict[str, tuple[str, str, str]] = {
     "uniform": ("one uniform ratio", "#555555", "s"),
     "attention": ("bi-level, attention of chosen heads", "#0b62a4", "o"),
     "every-head": ("bi-level, attention of every head", "#4fa3d9", "^"),
     "cosine": ("bi-level, cosine", "#e08214", "D"),
     "raw": ("no compression", "#111111", "*"),
 }
-"""Family -> label, colour, marker. Families of one method at the default's budget stand in the second row."""
+"""Family -> label, colour, marker. What is at the default's budget stands in the second row, others are points."""
+_OTHERS = ("#7b3294", "#1b9e77", "#d01c8b", "#a6611a", "#666600", "#b30000")
 _FROM_HIGH = ("attention", "every-head", "cosine")
 """These begin where nothing is re-loaded."""
 _TITLE = "Accuracy on fresh synthetic videos, with 95 % intervals"
@@ -67,7 +68,9 @@ def draw(summary: Sequence[Mapping[str, Any]], default: str, path: Path) -> None
 
 
 def _draw_lines(axes: Axes, methods: Mapping[str, Any], title: str) -> None:
-    for family, (label, color, marker) in LINES.items():
+    alone = {row["family"] for row in methods.values() if not row["at_default"]} - LINES.keys()
+    others = {family: (family, _OTHERS[number % len(_OTHERS)], "v") for number, family in enumerate(sorted(alone))}
+    for family, (label, color, marker) in (LINES | others).items():
         rows = [row for row in methods.values() if row["family"] == family]
         if family in _FROM_HIGH and rows and "high" in methods:
             rows.insert(0, methods["high"])
