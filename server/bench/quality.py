@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from server.bench.remote import RemoteBench
 
 SIZES: Mapping[str, Mapping[int, int]] = {
-    "quick": {8: 3, 16: 3},
+    "quick": {8: 2, 16: 3},
     "standard": {8: 7, 16: 10, 32: 7, 64: 6, 128: 3},
     "full": {8: 13, 16: 32, 32: 13, 64: 32, 128: 13},
 }
