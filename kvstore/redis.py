@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, islice
 from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -42,7 +42,7 @@ _TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 3.0
 _ASIDE_EXPIRES_MS = 3_600_000
 _SCAN_COUNT = 1000
-_READ_ATTEMPTS = 5
+_WRITE_ATTEMPTS = 5
 _TLS_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"})
 
 _T = TypeVar("_T")
@@ -129,16 +129,15 @@ class RedisStore(Store):
         self._client.close()
 
     def _read(self, key: str) -> Sealed | None:
+        token = None
         with self._errors(f"cannot read {key}"):
-            for attempt in count(1):
-                blob = self._read_first(key)
-                if blob is None:
-                    return None
+            while (blob := self._read_first(key)) is not None:
                 if all(self._read_part(key, blob, index) for index in blob.other_parts):
                     return blob.header, blob.payload
-                if attempt == _READ_ATTEMPTS:  # replaced each time? rather damaged, which its length will tell
+                if blob.token == token:  # not replaced in mid-read, so its parts are missing: its length will tell
                     return blob.header, blob.payload[:0]
-        raise AssertionError("unreachable")
+                token = blob.token
+        return None
 
     def _read_many(self, keys: Sequence[str]) -> Iterator[Sealed | None]:
         """The parts of all the blobs, over a few connections at a time."""
@@ -189,22 +188,34 @@ class RedisStore(Store):
 
     def _write(self, key: str, header: bytes, payload: Data) -> None:
         view = memoryview(payload).cast("B")
+        with self._errors(f"cannot write {key}"):
+            for _ in range(_WRITE_ATTEMPTS):
+                if self._write_once(key, header, view):
+                    return
+        raise StoreFull(f"cannot write {key}: {self._name} evicts it before it is whole")
+
+    def _write_once(self, key: str, header: bytes, payload: memoryview) -> bool:
+        """Whether all of it lay there in the end: a Redis that evicts keys may take one that is being written."""
         token = uuid.uuid4().hex
         name, aside = _name(key), f"{_name(key)}:{token}"
-        fields = {"header": header, "token": token, "nbytes": len(view), "used_s": time.time()}
-        with self._errors(f"cannot write {key}"):
-            try:
-                self._client.eval(_CREATE, 1, aside, _ASIDE_EXPIRES_MS, *chain(*fields.items()))
-                num_parts = max(1, -(-len(view) // PART_NBYTES))
-                for index in range(num_parts):
-                    part = bytes(view[index * PART_NBYTES : (index + 1) * PART_NBYTES])
-                    self._client.hset(aside, f"{token}:{index}" if index else "data", part)
-                if not self._client.eval(_PLACE, 2, aside, name, len(fields) + num_parts, token):
-                    raise StoreFull(f"cannot write {key}: {self._name} evicted it before it was whole")
-            except BaseException:
-                with suppress(redis.RedisError, RedisClusterException):  # if not now, it expires
-                    self._client.unlink(aside)
-                raise
+        fields = {"header": header, "token": token, "nbytes": len(payload), "used_s": time.time()}
+        try:
+            self._client.eval(_CREATE, 1, aside, _ASIDE_EXPIRES_MS, *chain(*fields.items()))
+            num_parts = max(1, -(-len(payload) // PART_NBYTES))
+            for index in range(num_parts):
+                part = bytes(payload[index * PART_NBYTES : (index + 1) * PART_NBYTES])
+                self._client.hset(aside, f"{token}:{index}" if index else "data", part)
+            placed = bool(self._client.eval(_PLACE, 2, aside, name, len(fields) + num_parts, token))
+        except BaseException:
+            self._drop(aside)
+            raise
+        if not placed:
+            self._drop(aside)
+        return placed
+
+    def _drop(self, aside: str) -> None:
+        with suppress(redis.RedisError, RedisClusterException):  # if not now, it expires
+            self._client.unlink(aside)
 
     def _delete(self, key: str) -> bool:
         with self._errors(f"cannot delete {key}"):

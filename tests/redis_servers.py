@@ -70,7 +70,7 @@ def redis_cluster(folder: Path, num_nodes: int = 3) -> Iterator[list[RedisServer
         nodes = []
         for index in range(num_nodes):
             (folder / str(index)).mkdir()
-            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "20000")
             nodes.append(stack.enter_context(RedisServer(folder / str(index), *options, port=_cluster_port())))
         addresses = [f"127.0.0.1:{node.port}" for node in nodes]
         command = [str(BIN / "redis-cli"), "--cluster", "create", *addresses, "--cluster-yes"]

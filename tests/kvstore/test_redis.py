@@ -227,7 +227,7 @@ def test_a_blob_evicted_while_it_is_written(server, parts_of_1000, monkeypatch):
         return hset(name, field, value)
 
     monkeypatch.setattr(store._client, "hset", evict_then_set)
-    with pytest.raises(StoreFull, match="evicted"):
+    with pytest.raises(StoreFull, match="evicts"):
         store.put("a", bytes(3500))
     assert store.get("a") == b"before"
     with server.client() as client:
