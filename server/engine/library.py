@@ -171,11 +171,15 @@ class Library:
 
     def list(self, tenant: str) -> list[FileRecord]:
         """All files of a tenant, newest first. Raises StoreError."""
-        records = [record for record in self._records.all() if record.visible_to(tenant)]
-        records.sort(key=lambda record: (record.created_at, record.created_ns, record.id), reverse=True)
-        with suppress(StoreUnavailable):  # then as they were last seen
+        try:
+            records = self._records.all()
             for record in records:
                 self._videos.see_loss(record)
+        except StoreUnavailable as error:
+            _log.warning("files are listed as last seen: %s", error)
+            records = self._records.all_seen()
+        records = [record for record in records if record.visible_to(tenant)]
+        records.sort(key=lambda record: (record.created_at, record.created_ns, record.id), reverse=True)
         return [self._videos.snapshot(record) for record in records]
 
     def delete(self, file_id: str, tenant: str) -> bool:

@@ -260,17 +260,20 @@ class Prefills:
             self._finish(video, job, str(error))
 
     def _restore(self, key: ContentKey) -> Path:
-        """The kept bytes as a temporary file. Raises StoreError."""
-        content = self._contents.get(key)
-        if content is None:
-            raise DamagedVideo("its KVs are not in the store and its bytes are no longer kept: upload it again")
+        """The kept bytes as a temporary file. Bytes that are damaged are kept no longer. Raises StoreError."""
         with tempfile.NamedTemporaryFile(dir=self._options.spool, delete=False) as file:
             path = Path(file.name)
             try:
+                content = self._contents.get(key)
+                if content is None:
+                    raise DamagedVideo("its bytes are not kept")
                 file.writelines(content.read())
-            except BaseException:
+            except BaseException as error:
                 path.unlink()
-                raise
+                if not isinstance(error, DamagedVideo):
+                    raise
+                self._contents.delete(key)
+                raise DamagedVideo(f"its KVs cannot be made again: upload it again ({error})") from error
         return path
 
     def _lease(self, key: KVKey, job: Job) -> bool:

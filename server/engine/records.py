@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 class Records:
     """Reads go through to the store, because other replicas change and delete what this one has seen. While the store
-    cannot be read, what was last seen stands in.
+    cannot be read, ``get`` tells what was last seen.
 
     Any thread may call any method. All but ``seen`` and ``all_seen`` may block on the store and raise StoreError.
     """
@@ -68,12 +68,8 @@ class Records:
     def all(self) -> list[FileRecord]:
         """Every record, in no particular order."""
         before = [record.id for record in self.all_seen()]
-        try:
-            ids = [blob.removeprefix(RECORDS) for blob in self._store.keys(RECORDS)]
-            blobs = self._store.get_many([f"{RECORDS}{file_id}" for file_id in ids])
-        except StoreUnavailable as error:
-            _log.warning("files are listed as last seen: %s", error)
-            return self.all_seen()
+        ids = [blob.removeprefix(RECORDS) for blob in self._store.keys(RECORDS)]
+        blobs = self._store.get_many([f"{RECORDS}{file_id}" for file_id in ids])
         found = {}
         for file_id, data in zip(ids, blobs, strict=True):
             try:

@@ -338,19 +338,6 @@ def test_unknown_and_foreign_files(drive: Drive, two_chunks: Clip) -> None:
             driver.start(replace(record, tenant=tenant))
 
 
-def test_more_videos_than_the_pool_holds(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
-    roomy = drive()
-    records = [roomy.upload(four_chunks), roomy.upload(two_chunks)]
-    expected = [roomy.ask(record).text for record in records]
-    nbytes = roomy.engine._pool.nbytes
-    driver = drive(resident_nbytes=int(nbytes * 0.8))
-    records = [driver.upload(four_chunks), driver.upload(two_chunks)]
-    answers = [driver.start(records[index % 2]) for index in range(8)]
-    assert [answer.wait().text for answer in answers] == expected * 4
-    driver.engine._pool.check_integrity()
-    assert driver.engine._pool.num_leases == 0 and len(driver.engine._pool) == 1
-
-
 def test_the_metrics_tell_what_happened(drive: Drive, four_chunks: Clip) -> None:
     driver = drive()
     record = driver.upload(four_chunks)

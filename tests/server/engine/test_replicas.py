@@ -51,7 +51,7 @@ def test_a_question_at_one_waits_for_the_prefill_at_the_other(pair: tuple[Any, A
     assert b.engine.library.get(record.id, "").status == "uploaded"
     assert b.engine.library.list("")[0].status == "uploaded"
     waiting = b.start(record)
-    until(lambda: 0 < b.engine.library.get(record.id, "").video.chunks_done)
+    until(lambda: b.engine.library.get(record.id, "").video.chunks_done > 0)
     text = waiting.wait().text
     assert waiting.error is None and b.num_prefilled == 0 and a.num_prefilled == 50
     assert a.ask(record).text == text
