@@ -125,8 +125,14 @@ def tls_before(port: int, certificate: Path, key: Path) -> Iterator[int]:
         writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        behind_reader, behind_writer = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pump(reader, behind_writer), pump(behind_reader, writer))
+        try:
+            behind_reader, behind_writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                await asyncio.gather(pump(reader, behind_writer), pump(behind_reader, writer))
+            finally:
+                behind_writer.transport.abort()
+        finally:
+            writer.transport.abort()
 
     async def stop() -> None:
         server.close()
@@ -134,6 +140,7 @@ def tls_before(port: int, certificate: Path, key: Path) -> Iterator[int]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.05)  # transports close in the loop's next turns
 
     server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
     thread = threading.Thread(target=loop.run_forever)
