@@ -19,7 +19,7 @@ from server.cli.client import connect
 from server.spool import Spool
 
 SEED = 7
-NUM_CHUNKS = 16
+NUM_CHUNKS = 8
 TYPES = ("code", "order", "time")
 MAX_TOKENS = 64
 

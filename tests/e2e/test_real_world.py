@@ -36,7 +36,7 @@ def check(live: Live, client: openai.OpenAI, clip: Clip) -> None:
     video = file.to_dict()["video"]
     assert (video["width"], video["height"]) == (clip.width, clip.height)
     assert video["duration_s"] == pytest.approx(clip.duration_s, abs=0.002)
-    assert video["num_chunks"] == math.ceil(video["num_frames"] / 16) and video["progress"] == 1
+    assert video["num_chunks"] == math.ceil(video["num_frames"] / 32) and video["progress"] == 1
     chunks = httpx.get(f"{live.url}/v1/files/{file.id}/chunks").json()
     assert [chunk["index"] for chunk in chunks] == list(range(video["num_chunks"]))
     assert chunks[0]["start_s"] == 0 and chunks[-1]["end_s"] == pytest.approx(video["duration_s"])

@@ -68,9 +68,9 @@ class TimeEmbedding(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Frames of 96x64 -> 4x6 cells -> 8 visual tokens a frame (each merges three cells of a row), plus its time."""
+    """Frames of 96x64 -> 4x6 cells -> 4 visual tokens a frame (each merges a row of cells), plus its time."""
 
-    TOKENS_PER_FRAME = 8
+    TOKENS_PER_FRAME = 4
     GRID = (4, 6)
 
     def __init__(self, size: int) -> None:
@@ -108,13 +108,13 @@ class TinyEncoder(nn.Module):
         return out
 
     def tokens(self, cells: Tensor, seconds: Tensor) -> Tensor:
-        """[T, 24, size] and whole seconds [T] -> [T, 8, size]."""
+        """[T, 24, size] and whole seconds [T] -> [T, 4, size]."""
         merged = self.projector(cells.reshape(len(cells), self.TOKENS_PER_FRAME, -1))
         out: Tensor = merged + self.time(seconds)[:, None].to(merged.dtype)
         return out
 
     def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
-        """uint8 [T, 3, 64, 96] and times in seconds -> visual tokens [T * 8, size]."""
+        """uint8 [T, 3, 64, 96] and times in seconds -> visual tokens [T * 4, size]."""
         weight = self.position
         x = pixels.to(weight.device, weight.dtype) / 255
         # Sampling grids like 0.1 s * 10 fall just short of whole seconds.

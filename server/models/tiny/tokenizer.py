@@ -26,19 +26,20 @@ VOCAB_SIZE = 1024
 BLANK = "▁"
 FOLDER = Path(__file__).parent
 
-# What follows the video: system texts and the last question. The first turn's <user> belongs to the prefix. Earlier
-# questions and their answers are left out: the model has not learnt dialogues, and they lead it astray.
+# What follows the video: system texts, the last three questions with their answers, the question. The first turn's
+# <user> belongs to the prefix. The model has learnt dialogues of that length.
 CHAT_TEMPLATE = (
-    "{%- set state = namespace(answered=-1) -%}"
+    "{%- set answers = namespace(at=[]) -%}"
     "{%- for message in messages[:-1] -%}"
-    "{%- if message['role'] == 'assistant' -%}{%- set state.answered = loop.index0 -%}{%- endif -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- set answers.at = answers.at + [loop.index0] -%}{%- endif -%}"
     "{%- endfor -%}"
+    "{%- set before = answers.at[-4] if answers.at | length > 3 else -1 -%}"
     "{%- for message in messages -%}"
-    "{%- if loop.index0 > state.answered or message['role'] == 'system' -%}"
+    "{%- if loop.index0 > before or message['role'] == 'system' -%}"
     "{%- if message['content'] is string -%}{%- set text = message['content'] -%}"
     "{%- else -%}{%- set text = message['content'] | selectattr('type', 'equalto', 'text')"
     " | map(attribute='text') | join(' ') -%}{%- endif -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- '<assistant>' + text + '<end>' -}}"
+    "{%- if message['role'] == 'assistant' -%}{{- '<assistant>' + text + '<end><user>' -}}"
     "{%- else -%}{{- text + ' ' -}}{%- endif -%}"
     "{%- endif -%}"
     "{%- endfor -%}"

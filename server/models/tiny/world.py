@@ -1,6 +1,6 @@
 """The synthetic world: what is on screen at each second of a video.
 
-A video of N chunks has ``16 N`` one-second ticks. A *shot* of at most 8 ticks shows one object (colour x shape: the
+A video of N chunks has ``32 N`` one-second ticks. A *shot* of at most 8 ticks shows one object (colour x shape: the
 gist, the same over the shot) and two plates, an upper and a lower one (colour and a 3-character code: the detail,
 different at every tick). Within a shot the colours of the upper plate are all different, and so are those of the lower
 one: (object, position, plate colour) names one code. In a *static* shot both plates stay as they are.
@@ -40,7 +40,7 @@ PLATE_COLORS: dict[str, tuple[int, int, int]] = {
 SYMBOLS = "23456789ABCDEFGHJKLMNPRSTUVWXYZ"  # no 0 O 1 I Q: too alike
 UPPER, LOWER = 0, 1
 
-CHUNK_TICKS = 16
+CHUNK_TICKS = 32
 CODE_LENGTH = 3
 MAX_SHOT_TICKS = len(PLATE_COLORS)
 NUM_OBJECTS = len(COLORS) * len(SHAPES)

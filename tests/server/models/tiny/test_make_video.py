@@ -14,7 +14,7 @@ from server.models.tiny.exam import EXAM
 from server.models.tiny.font import GLYPHS
 from server.models.tiny.make_video import FRAME_RATES, SIZES, VideoPlan, exam_entry, make_video, plan_video
 from server.models.tiny.render import plate_corner
-from server.models.tiny.world import PLATE_COLORS, SYMBOLS, object_name
+from server.models.tiny.world import CHUNK_TICKS, PLATE_COLORS, SYMBOLS, object_name
 
 SEEDS = (0, 5)
 CHUNKS = 2
@@ -49,7 +49,7 @@ def test_the_file_is_what_its_plan_says(made: Made) -> None:
     assert made.codec == "h264"
     assert made.size == (plan.width, plan.height) and made.size in SIZES
     assert made.rate == plan.frame_rate and plan.frame_rate in FRAME_RATES
-    assert made.duration_s == 16 * CHUNKS and len(made.pictures) == 16 * CHUNKS * plan.frame_rate
+    assert made.duration_s == CHUNK_TICKS * CHUNKS and len(made.pictures) == CHUNK_TICKS * CHUNKS * plan.frame_rate
     assert np.allclose(made.times_s, np.arange(len(made.pictures)) / plan.frame_rate, atol=1e-3)
     assert np.diff(made.keys).tolist() == [plan.gop_s * plan.frame_rate] * (len(made.keys) - 1)
     assert sorted(path.name for path in made.path.parent.iterdir()) == [
@@ -108,7 +108,7 @@ def test_states_change_between_the_seconds_not_at_them(made: Made) -> None:
 def test_the_json_beside_it_is_the_documented_format(made: Made) -> None:
     assert json.loads(made.path.with_suffix(".json").read_text()) == made.exam
     assert list(made.exam) == ["seed", "chunks", "duration_s", "questions"]
-    assert made.exam["duration_s"] == 16 * CHUNKS
+    assert made.exam["duration_s"] == CHUNK_TICKS * CHUNKS
     for question in made.exam["questions"]:
         assert list(question) == ["question", "answer", "type", "chunks", "start_s", "end_s"]
 
@@ -157,7 +157,7 @@ def check(plan: VideoPlan, entry: dict[str, Any]) -> None:
             assert answer == str(sum(shown[start] in objects for start in starts))
         else:
             assert answer == min(objects, key=shown.index) and len(objects) == 2
-    assert entry["chunks"] == sorted({tick // 16 for tick in ticks})
+    assert entry["chunks"] == sorted({tick // CHUNK_TICKS for tick in ticks})
     if not ticks:
         assert entry["start_s"] is None and entry["end_s"] is None
         return

@@ -76,8 +76,10 @@ def test_mixed_ratios_and_blind_rows() -> None:
     visual, rows = torch.randn(48, 32), torch.randint(0, 60, (3, 5))
     together = packed(net, shape, layout, visual, rows)
     prefill = net.prefill()
-    memory = prefill._low
-    kept = [prefill._compress(memory, chunk, r, "low") for chunk, r in zip(visual.split(16), (2, 1, 8), strict=True)]
+    kept = []
+    for chunk, ratio in zip(visual.split(16), (2, 1, 8), strict=True):
+        kept.append(prefill._compress(prefill._low, chunk, ratio, "low"))
+        prefill._low.memory.append(kept[-1])
     for row in range(2):
         alone = net.forward([Row(rows[row], MixedCache(net.prefix(), kept, net.rope, room=5))])[0]
         torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-4)

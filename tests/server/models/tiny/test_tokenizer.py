@@ -102,8 +102,8 @@ def test_transformers_loads_the_folder_and_its_chat_template() -> None:
         {"role": "user", "content": "When does it appear?"},
     ]
     text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert text == "Be brief. When does it appear? <assistant>"  # earlier questions and answers are left out
-    spoken = "be brief when does it appear<assistant>"
+    assert text == "Be brief. Is there a red star? <assistant>Yes<end><user>When does it appear? <assistant>"
+    spoken = "be brief is there a red star<assistant>yes<end><user>when does it appear<assistant>"
     assert loaded(text, add_special_tokens=False)["input_ids"] == ids(spoken)
 
 

@@ -32,11 +32,11 @@ def test_shots_objects_and_plates_keep_the_worlds_rules(
     for video in range(2):
         starts, objects = script.starts[video].tolist(), script.objects[video].tolist()
         shots = [(s, s + int(script.lengths[video, s])) for s in sorted(set(starts))]
-        assert shots[0][0] == 0 and shots[-1][1] == chunks * 16
+        assert shots[0][0] == 0 and shots[-1][1] == chunks * world.CHUNK_TICKS
         assert all(one[1] == two[0] for one, two in pairwise(shots))
         assert max(end - start for start, end in shots) <= max(durations)
         if cut:
-            assert all(start // 16 == (end - 1) // 16 for start, end in shots)
+            assert all(start // world.CHUNK_TICKS == (end - 1) // world.CHUNK_TICKS for start, end in shots)
         shown = [objects[start] for start, _ in shots]
         assert all(one != two for one, two in pairwise(shown))
         for start, end in shots:
@@ -60,7 +60,7 @@ def test_shots_objects_and_plates_keep_the_worlds_rules(
 def test_a_full_video_has_24_targets_and_repeated_objects() -> None:
     script = world.sample_scripts(8, 16, torch.Generator().manual_seed(3))
     assert script.num_targets.tolist() == [24] * 8
-    first = script.starts == torch.arange(256)
+    first = script.starts == torch.arange(16 * world.CHUNK_TICKS)
     counts = [[int((first[v] & (script.objects[v] == c)).sum()) for c in script.counted[v]] for v in range(8)]
     assert counts == [[4, 3, 2]] * 8
 
