@@ -43,7 +43,7 @@ def prepare(url: str, folder: Path, seeds: Sequence[int], samplings: int) -> tup
     with client_of(url) as client:
         for video in make_videos(folder, seeds, chunks=1):
             for index in range(samplings):
-                fps = 1.0 + index / 4
+                fps = 1 - index / (2 * samplings)
                 file = client.files.create(file=video.path, purpose="user_data", extra_body={"fps": fps})
                 file = client.files.wait_for_processing(file.id, poll_interval=0.05)
                 question = video.questions[index % len(video.questions)]
@@ -85,8 +85,7 @@ def main() -> None:
         with running(roomy, backend) as url:
             jobs, truths, largest = prepare(url, Path(folder), given.seeds, given.samplings)
             expected, roomy_s = ask_in_turn(url, jobs, range(len(jobs)))
-            prefix = backend.model.prefix().nbytes
-        budget = given.holds * (largest + prefix)
+            budget = given.holds * (largest + backend.model.prefix().nbytes)
         tight = settings(store, gpu_kv_budget_bytes=budget)
         backend = open_backend(tight)
         rounds, seen = [], []

@@ -89,22 +89,22 @@ def metric(url: str, name: str) -> float:
 
 def test_a_server_killed_in_mid_prefill_goes_on_where_it_was(serve: Serve, video: Path, tmp_path: Path) -> None:
     with serve() as live:
-        text, _ = answer(live.client(), upload(live.client(), video, fps=8.0))
+        text, _ = answer(live.client(), upload(live.client(), video, fps=4.0))
     store, log = tmp_path / "store", tmp_path / "log"
     with server_process(f"disk:{store}", log) as (process, url):
-        file = client_of(url).files.create(file=video, purpose="user_data", extra_body={"fps": 8.0})
-        until(lambda: client_of(url).files.retrieve(file.id).video["chunks_done"] >= 4)
+        file = client_of(url).files.create(file=video, purpose="user_data", extra_body={"fps": 4.0})
+        until(lambda: client_of(url).files.retrieve(file.id).video["chunks_done"] >= 3)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not list(store.glob("blobs/kv/*/manifest*"))
-    chunks = range(24)
+    chunks = range(12)
     whole = [i for i in chunks if len(list(store.glob(f"blobs/kv/*/*/{i:05d}*"))) == 3]
     first_missing = next(i for i in chunks if i not in whole)
     with server_process(f"disk:{store}", log) as (process, url), client_of(url) as client:
         assert client.files.retrieve(file.id).status == "uploaded"
         assert processed(client, file.id).status == "processed"
         assert answer(client, file.id)[0] == text
-        assert first_missing >= 2 and metric(url, "x2l_prefilled_chunks_total") == 24 - first_missing
+        assert first_missing >= 1 and metric(url, "x2l_prefilled_chunks_total") == 12 - first_missing
 
 
 def test_redis_killed_while_a_question_is_answered(serve: Serve, video: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_no_half_blob(serve: Serve, vide
 
 def test_redis_that_evicts_on_its_own_never_makes_an_answer_wrong(serve: Serve, video: Path, tmp_path: Path) -> None:
     with serve() as live, live.client() as client:
-        rates = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+        rates = (1.0, 1.5, 2.0, 2.5)
         expected = {fps: answer(client, upload(client, video, fps))[0] for fps in rates}
         needed = sum(file.video["bytes"]["low"] + file.video["bytes"]["high"] for file in client.files.list())
     limit = ("--maxmemory", str(needed * 3 // 5 + (2 << 20)), "--maxmemory-policy", "allkeys-lru")
@@ -204,21 +204,22 @@ def test_redis_that_evicts_on_its_own_never_makes_an_answer_wrong(serve: Serve, 
         serve(store=redis.url, store_cache_bytes=0, gpu_kv_budget_bytes="1MB") as live,
         client_of(live.url) as client,
     ):
-        asked = degraded = 0
+        known: dict[str, str] = {}
+        replies = []
         for fps, text in expected.items():
             file = client.files.create(file=video, purpose="user_data", extra_body={"fps": fps})
-            for other, known in [(file.id, text), *((f.id, None) for f in list(client.files.list())[:2])]:
+            known[file.id] = text
+            for other in list(known)[-1:-4:-1]:  # older ones have lost some of their blobs, or all
                 try:
                     reply, x2l = answer(client, other)
                 except openai.APIStatusError as error:
                     assert error.code in ("video_failed", "file_not_found", "store_full"), error
-                    continue
-                asked += 1
-                degraded += x2l["degraded"]
-                assert known is None or x2l["degraded"] or reply == known
+                else:
+                    replies.append(reply)
+                    assert x2l["degraded"] or reply == known[other]
         with redis.client() as inside:
             assert inside.info("stats")["evicted_keys"] > 0
-        assert asked
+        assert replies
 
 
 def test_a_slow_store_holds_nobody_else_up(serve: Serve, video: Path, tmp_path: Path) -> None:
