@@ -53,7 +53,8 @@ class Video:
     manifest: Manifest | None = None
     job: Job | None = None
     error: str | None = None
-    repairable: bool = True
+    unrepaired_s: float | None = None
+    """When its repair was last tried in vain, on the monotonic clock."""
 
     @property
     def status(self) -> FileStatus | None:

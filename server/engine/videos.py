@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -28,6 +29,7 @@ from server.models.base import VideoModel
 from server.video.reader import Sampling, VideoInfo
 
 _STOP_TIMEOUT_S = 10.0
+_REPAIR_AGAIN_S = 60.0
 _QUOTA = "the store's quota removed it: upload it again"
 _DELETED = "its file was deleted"
 _log = logging.getLogger(__name__)
@@ -152,8 +154,7 @@ class Videos:
             if manifest is None:
                 video.manifest = None  # it may have gone elsewhere
                 return self._prefill(video, path, info)
-            if not video.repairable:
-                video.repairable = True
+            if video.unrepaired_s is not None:
                 return self._prefill(video, path, info, verify=True)
             if video.job is None:
                 video.manifest = manifest
@@ -174,7 +175,9 @@ class Videos:
         """Makes again, in the background, the L-KVs of a video that are gone or damaged, if its bytes are kept. It
         answers questions meanwhile."""
         with self._lock:
-            if self._known.get(video.key) is video and video.manifest is not None and video.repairable:
+            tried_s = video.unrepaired_s
+            due = tried_s is None or time.monotonic() > tried_s + _REPAIR_AGAIN_S
+            if due and self._known.get(video.key) is video and video.manifest is not None:
                 self._prefill(video, None, None, verify=True)
 
     def forget(self, record: FileRecord) -> None:
@@ -265,10 +268,10 @@ class Videos:
                 if result.high is not None:
                     with suppress(PoolError):  # then it is read from the store when it is asked about
                         self._pool.put(video.key, result.high).release()
-                video.manifest, video.repairable = result.manifest, True
+                video.manifest, video.unrepaired_s = result.manifest, None
             elif video.manifest is not None:
                 _log.warning("a damaged video could not be repaired: %s", result)
-                video.repairable = False
+                video.unrepaired_s = time.monotonic()
             else:
                 video.error = result
             if video.job is job:  # last, for those who look without the lock
