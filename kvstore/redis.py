@@ -23,6 +23,7 @@ from itertools import chain, islice
 from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+import numpy as np
 import redis
 from redis.backoff import ConstantBackoff
 from redis.cluster import RedisCluster
@@ -36,7 +37,7 @@ PART_NBYTES = 8 << 20
 """Larger values slow Redis and its clients down, and one over 512 MB resets the connection."""
 
 _LAYOUT_VERSION = 1
-CONNECTIONS = 4
+CONNECTIONS = 3
 READ_NBYTES = 1 << 20  # a call for 32 KiB, which is the client's default, spends its time in calls
 _TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 3.0
@@ -149,12 +150,13 @@ class RedisStore(Store):
 
         try:
             with self._errors("cannot read"):
-                blobs = [first.result() for first in [submit(self._read_first, key) for key in keys]]
-                others = [
-                    [submit(self._read_part, key, blob, index) for index in blob.other_parts] if blob else []
-                    for key, blob in zip(keys, blobs, strict=True)
-                ]
-                for key, blob, parts in zip(keys, blobs, others, strict=True):
+                firsts = [submit(self._read_first, key) for key in keys]
+                reads = []
+                for key, first in zip(keys, firsts, strict=True):
+                    blob = first.result()
+                    others = blob.other_parts if blob else ()
+                    reads.append((key, blob, [submit(self._read_part, key, blob, index) for index in others]))
+                for key, blob, parts in reads:
                     if not all(part.result() for part in parts):
                         yield self._read(key)  # replaced meanwhile
                     else:
@@ -169,7 +171,7 @@ class RedisStore(Store):
             return None
         try:
             blob = _Blob(bytes(header), token.decode(), new_buffer(int(nbytes)), max(1, len(data)))
-            blob.payload[: len(data)] = data
+            _copy(data, blob.payload[: len(data)])
         except (AttributeError, TypeError, ValueError, MemoryError):  # not as this class writes it
             return _Blob(b"", "", new_buffer(0), 1)
         return blob
@@ -180,7 +182,7 @@ class RedisStore(Store):
         room = blob.payload[index * blob.part_nbytes :][: blob.part_nbytes]
         if data is None or len(data) != len(room):
             return False
-        room[:] = data
+        _copy(data, room)
         return True
 
     def _read_headers(self, keys: Sequence[str]) -> list[bytes | None]:
@@ -322,6 +324,11 @@ class _Address:
         if self.cluster:
             return RedisCluster.from_url(self.url, **options)
         return redis.Redis.from_url(self.url, **options)
+
+
+def _copy(data: bytes, room: memoryview) -> None:
+    """As ``room[:] = data``, but other threads run meanwhile."""
+    np.copyto(np.frombuffer(room, np.uint8), np.frombuffer(data, np.uint8))
 
 
 def _name(key: str) -> str:

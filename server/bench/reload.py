@@ -50,6 +50,7 @@ def run_reload(
     """Both measurements, as the JSON that is published. ``redis_url`` None starts a redis-server; without one there is
     no row for Redis. Raises StoreError."""
     result = circumstances("x2l") | {
+        "load_average": round(os.getloadavg()[0], 1),  # others' work slows both sides, not always alike
         "arguments": {"chunk_mb": chunk_mb, "top": top, "repeats": repeats, "follow_ups": follow_ups},
         "kv": {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"},
     }

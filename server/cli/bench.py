@@ -189,7 +189,7 @@ def _cache() -> Path:
 def reload(
     chunk_mb: Annotated[float, typer.Option(min=0.1, help="Megabytes of one chunk's detailed KVs.")] = 40.0,
     top: Annotated[int, typer.Option(min=1, max=6, help="Chunks re-loaded for one question.")] = 3,
-    repeats: Annotated[int, typer.Option(min=1, help="Re-loads of which the median is taken.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Re-loads of which the median is taken.")] = 30,
     follow_ups: Annotated[
         int, typer.Option(min=0, help="Follow-up questions of which the median is taken; 0: none are asked.")
     ] = 20,
