@@ -35,6 +35,7 @@ class Shape:
     row_tokens: int
     prefix_tokens: int
     min_ratio: int = 2
+    """The least ratio that all chunks may have at once."""
 
     @property
     def num_visual(self) -> int:
@@ -46,8 +47,13 @@ class Shape:
         return self.num_visual // self.min_ratio
 
     @property
+    def num_vsts(self) -> int:
+        """Places for VSTs: all chunks at ratio 2."""
+        return self.num_visual // 2
+
+    @property
     def rows_start(self) -> int:
-        return self.num_visual + self.memory
+        return self.num_visual + self.num_vsts
 
     @property
     def prefix_start(self) -> int:
@@ -190,7 +196,7 @@ def embed(decoder: Decoder, shape: Shape, visual: Tensor, rows: Tensor, prefix: 
     """``visual`` [B, num_visual, hidden], ``rows`` [B, num_rows * row_tokens] and ``prefix`` [prefix_tokens] token ids
     -> [B, num_queries, hidden] in the dtype of ``visual``."""
     batch, dtype = len(visual), visual.dtype
-    vst = decoder.beacon_embed_tokens.weight[0].to(dtype).expand(batch, shape.memory, -1)
+    vst = decoder.beacon_embed_tokens.weight[0].to(dtype).expand(batch, shape.num_vsts, -1)
     text = decoder.embed_tokens(rows).to(dtype)
     sink = decoder.embed_tokens(prefix).to(dtype).expand(batch, -1, -1)
     padding = visual.new_zeros(

@@ -74,6 +74,9 @@ class Recipe:
     """Share of questions that follow others."""
     p_bilevel: float = 0.0
     """Share of steps with nearly all chunks at ratio 32 and the others at 2, as questions are answered."""
+    p_raw_video: float = 0.0
+    """Share of steps with no chunk compressed; needs room in the packed sequence (``min_ratio`` 1)."""
+    min_ratio: int = 2
     p_gap: float = 0.2
     """Share of steps with gaps between the chunks' positions, as in longer videos."""
     init: str = ""
@@ -84,7 +87,7 @@ class Recipe:
 
 STAGES: Mapping[str, Recipe] = {
     "1-codes": Recipe(steps=3_100, batch=10, hold=1.0, fade=1.0, mix=CODES_MIX),
-    "2-long": Recipe(steps=12_000, seed=1_000_002, level=3, num_chunks=64, batch=3, fade=0.3, p_bilevel=0.2),
+    "2-long": Recipe(steps=4_600, seed=1_000_002, level=3, num_chunks=64, batch=3, hold=0.8, fade=0.4, p_bilevel=0.2),
 }
 """What ``python -m server.models.tiny.train`` runs, each stage from the weights of the one before."""
 
@@ -94,6 +97,8 @@ def draw_ratios(rng: np.random.Generator, recipe: Recipe, level: Level, shape: S
     num = shape.num_chunks
     if rng.random() < level.p_gentle:
         return [int(rng.choice([2, 4]))] * num
+    if rng.random() < recipe.p_raw_video:
+        return [1] * num
     if rng.random() < recipe.p_bilevel:
         return [int(ratio) for ratio in np.where(rng.random(num) < 0.08, 2, 32)]
     while True:

@@ -76,6 +76,7 @@ class Trainer:
             num_rows=2 * recipe.num_chunks,
             row_tokens=MAX_ROW,
             prefix_tokens=len(self.prefix),
+            min_ratio=recipe.min_ratio,
         )
         config = DecoderConfig.of(read_config())
         self.rope = config.rope
