@@ -46,7 +46,8 @@ def main() -> None:
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
     repeated = Repeated(given.repeat)
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", given.expression, str(TESTS)], plugins=[repeated])
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    code = pytest.main([*options, "-k", given.expression, str(TESTS)], plugins=[repeated])
     results = {
         name: {
             "passed": repeated.passed[name],
