@@ -144,7 +144,7 @@ def _engine_options(settings: Settings, spool: Spool) -> EngineOptions:
         keep_video=settings.keep_video,
         low_precision="exact" if settings.kv_dtype == "auto" else settings.kv_dtype,
         store_quota_bytes=settings.store_quota_bytes,
-        resident_nbytes=settings.gpu_kv_budget_bytes,
+        resident_nbytes=settings.gpu_kv_budget,
         limits=VideoLimits(
             max_nbytes=settings.max_upload_bytes,
             max_duration_s=settings.max_duration_s,

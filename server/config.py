@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     kv_dtype: Literal["auto", "int8"] = Field("auto", description="Detailed KVs as the model makes them, or as int8.")
     store_quota_bytes: ByteSize = Field(ByteSize(20 * 10**9), ge=0, description="Least recently used videos go above.")
     keep_video: bool = Field(True, description="Keep the uploaded files' bytes in the store.")
-    gpu_kv_budget_bytes: ByteSize = Field(ByteSize(2 * 2**30), ge=1, description="Room for KVs on the device.")
+    gpu_kv_budget: ByteSize = Field(ByteSize(2 * 2**30), ge=1, description="Room for KVs on the device.")
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")

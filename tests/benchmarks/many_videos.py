@@ -86,7 +86,7 @@ def main() -> None:
             jobs, truths, largest = prepare(url, Path(folder), given.seeds, given.samplings)
             expected, roomy_s = ask_in_turn(url, jobs, range(len(jobs)))
             budget = given.holds * (largest + backend.model.prefix().nbytes)
-        tight = settings(store, gpu_kv_budget_bytes=budget)
+        tight = settings(store, gpu_kv_budget=budget)
         backend = open_backend(tight)
         rounds, seen = [], []
         with running(tight, backend) as url:

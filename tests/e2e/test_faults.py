@@ -201,7 +201,7 @@ def test_redis_that_evicts_on_its_own_never_makes_an_answer_wrong(serve: Serve, 
     limit = ("--maxmemory", str(needed * 3 // 5 + (2 << 20)), "--maxmemory-policy", "allkeys-lru")
     with (
         RedisServer(tmp_path, *limit) as redis,
-        serve(store=redis.url, store_cache_bytes=0, gpu_kv_budget_bytes="1MB") as live,
+        serve(store=redis.url, store_cache_bytes=0, gpu_kv_budget="1MB") as live,
         client_of(live.url) as client,
     ):
         known: dict[str, str] = {}
