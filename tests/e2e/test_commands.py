@@ -43,14 +43,14 @@ def test_upload_ask_list_and_remove(live: Live, video: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return x2l(*arguments, "--base-url", f"{live.url}/v1")
 
-    uploaded = run("upload", str(video), "--max-frames", "32", "--expires-after-s", "86400", "--pin")
+    uploaded = run("upload", str(video), "--max-frames", "64", "--expires-after-s", "86400", "--pin")
     assert uploaded.returncode == 0, uploaded.stderr
     file_id = uploaded.stdout.strip()
     assert file_id.startswith("file-") and "\n" not in file_id
     header, *rows, total = run("files").stdout.splitlines()
     [row] = [row.split() for row in rows if file_id in row]
     sizes = [f"{nbytes / 1e6:.1f}" for nbytes in (video.stat().st_size, *sizes_of_kvs(live, file_id))]
-    assert row[:8] == [file_id, "made.mp4", "processed", "00:48", "2/2", *sizes] and row[10:] == ["yes"]
+    assert row[:8] == [file_id, "made.mp4", "processed", "01:36", "2/2", *sizes] and row[10:] == ["yes"]
     assert datetime.fromisoformat(" ".join(row[8:10])) > datetime.now()
     assert " ".join(header.split()) == "id file status length chunks MB L MB H MB expires pinned"
     assert total.split()[0] == "total" and float(total.split()[1]) >= float(sizes[0])

@@ -307,7 +307,7 @@ def test_ctrl_c_ends_with_the_question_in_flight(stub: Stub, tmp_path: Path, cli
     with subprocess.Popen(command(*options, "--concurrency", 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert stub.holding.wait(60)
         run.send_signal(signal.SIGINT)
-        time.sleep(0.2)  # so that it is known before the answer comes
+        time.sleep(2)  # so that it is known before the answer comes
         stub.release.set()
         assert run.wait(60) == 130
     assert len(stub.asked) == len(records(tmp_path / "vnbench.jsonl")) == 3

@@ -21,7 +21,7 @@ def test_an_upload_becomes_a_processed_file(client: openai.OpenAI, live: Live, v
     file = client.files.wait_for_processing(file.id, poll_interval=0.1)
     assert (file.status, file.status_details) == ("processed", None)
     facts = file.to_dict()["video"]
-    assert facts["duration_s"] == pytest.approx(48, abs=0.2)
+    assert facts["duration_s"] == pytest.approx(96, abs=0.2)
     assert (facts["num_chunks"], facts["chunks_done"], facts["progress"]) == (3, 3, 1.0)
     assert facts["tokens"]["visual"] > facts["tokens"]["low"] > facts["tokens"]["high"] > 0
     assert facts["bytes"]["low"] > facts["bytes"]["high"] > 0
@@ -67,7 +67,7 @@ def test_chunks_and_thumbnails(live: Live, file_id: str) -> None:
     assert [chunk["index"] for chunk in chunks] == [0, 1, 2]
     assert chunks[0]["start_s"] == 0
     assert all(one["end_s"] == two["start_s"] for one, two in itertools.pairwise(chunks))
-    assert chunks[-1]["end_s"] == pytest.approx(48, abs=0.2)
+    assert chunks[-1]["end_s"] == pytest.approx(96, abs=0.2)
     assert all(chunk["tokens"]["low"] > chunk["tokens"]["high"] for chunk in chunks)
     for index in range(3):
         reply = httpx.get(f"{live.url}/v1/files/{file_id}/chunks/{index}/thumbnail")

@@ -56,7 +56,7 @@ def test_upload_ask_and_delete(page: Any, live: Live, video: Path, tmp_path: Pat
     expect(page.locator("#video-status")).to_contain_text("not a video")
 
     upload(page, video)
-    expect(page.locator("#video-status")).to_contain_text("Ready: 00:48", timeout=60_000)
+    expect(page.locator("#video-status")).to_contain_text("Ready: 01:36", timeout=60_000)
     facts = json.loads(video.with_suffix(".json").read_text())
     for question in facts["questions"][:2]:
         ask(page, question["question"])
