@@ -13,16 +13,18 @@ _LOCK = "lock"
 
 
 class Spool:
-    """A temporary folder of this process alone, ``folder``.
+    """A temporary folder of this process alone, ``folder``, below ``parent`` (None: where the system has them).
 
     It holds a locked file, and the lock falls with its process, however that ends. So opening a spool clears those of
     this user that a killed process has left behind, and no others.
     """
 
-    def __init__(self) -> None:
-        for orphan in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+    def __init__(self, parent: Path | None = None) -> None:
+        """``parent`` must exist. Raises OSError."""
+        parent = parent or Path(tempfile.gettempdir())
+        for orphan in parent.glob(f"{_PREFIX}*/{_LOCK}"):
             _clear_if_abandoned(orphan)
-        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         # Locked before it has the name that others look for.
         unnamed = self.folder / f".{_LOCK}"
         self._fd = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import redis
+
+from server.spool import Spool
 
 _START_S = 10.0
 
@@ -33,7 +34,7 @@ def redis_server() -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="x2l-redis-") as folder:
+    with closing(Spool()) as spool:
         command = [
             program,
             "--port",
@@ -41,7 +42,7 @@ def redis_server() -> Iterator[str]:
             "--bind",
             "127.0.0.1",
             "--dir",
-            folder,
+            str(spool.folder),
             "--save",
             "",
             "--loglevel",

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from kvstore.redis import CONNECTIONS, PART_NBYTES, READ_NBYTES
 from kvstore.video import VideoStore
 from server.bench.circumstances import circumstances
 from server.bench.redis_server import RedisMissing, redis_server
+from server.spool import Spool
 
 LAYERS, KV_HEADS, HEAD_DIM = 28, 4, 128
 """Qwen2-7B, which Video-XL is made of: 57,344 bytes of bfloat16 a token."""
@@ -55,7 +56,7 @@ def run_reload(
         "kv": {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"},
     }
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="x2l-reload-")))
+        folder = stack.enter_context(closing(Spool())).folder
         if redis_url is None:
             try:
                 redis_url = stack.enter_context(redis_server())

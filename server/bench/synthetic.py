@@ -6,10 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 
 from server.models.tiny.make_video import MAX_CHUNKS, exam_entry, make_video, plan_video
 from server.models.tiny.world import FIRST_TRAINING_SEED
+from server.spool import Spool
 
 FIRST_SEED = 1000
 """Seeds below serve other measurements and the choice of scoring heads."""
@@ -102,7 +101,8 @@ def making(
     """Has the missing ones made, in order, by ``num_processes`` (None: one a CPU) beside whatever else is done.
 
     Yields a function that gives a video's path as soon as it is there; it raises what the making raised. On leaving
-    the processes are ended, and what they were at is made anew the next time. Raises OSError for the folder.
+    the processes are ended, and what they were at is made anew the next time. What a killed run was at goes as well.
+    Raises OSError for the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [video for video in videos if not video.is_made(folder)]
@@ -110,28 +110,31 @@ def making(
         yield lambda video: folder / video.filename
         return
     processes = min(num_processes or os.cpu_count() or 1, len(missing))
-    with multiprocessing.get_context("spawn").Pool(processes, _start_worker) as pool:
-        results = {video: pool.apply_async(_make, (video, folder)) for video in missing}
+    # Apart, because another run may be making the same.
+    with closing(Spool(folder)) as apart:
+        pool = multiprocessing.get_context("spawn").Pool(processes, _start_worker)
+        try:
+            results = {video: pool.apply_async(_make, (video, apart.folder, folder)) for video in missing}
 
-        def path_of(video: SyntheticVideo) -> Path:
-            if video in results:
-                results[video].get()
-            return folder / video.filename
+            def path_of(video: SyntheticVideo) -> Path:
+                if video in results:
+                    results[video].get()
+                return folder / video.filename
 
-        yield path_of
+            yield path_of
+        finally:
+            pool.terminate()
+            pool.join()  # before their folder goes
 
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that owns the pool
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that half a video goes
     os.nice(5)  # the measurement beside goes first
     torch.set_num_threads(1)
 
 
-def _make(video: SyntheticVideo, folder: Path) -> None:
-    # Apart, because another run may be making the same.
-    with tempfile.TemporaryDirectory(prefix="making-", dir=folder) as apart:
-        made = Path(apart) / video.filename
-        make_video(made, video.seed, video.chunks)
-        for path in (made.with_suffix(".json"), made):
-            path.replace(folder / path.name)
+def _make(video: SyntheticVideo, apart: Path, folder: Path) -> None:
+    made = apart / video.filename
+    make_video(made, video.seed, video.chunks)
+    for path in (made.with_suffix(".json"), made):
+        path.replace(folder / path.name)

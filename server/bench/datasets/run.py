@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,6 +25,7 @@ from server.bench.datasets.registry import BENCHMARKS
 from server.bench.datasets.report import summarize, table, verdict_lines
 from server.cli.client import ServerError, check, connect
 from server.config import SettingsError, load_settings
+from server.spool import Spool
 
 OWN = "x2l"
 """What this server says that its models are owned by."""
@@ -196,8 +196,8 @@ def _own_server(options: Mapping[str, Any]) -> Iterator[str]:
     from server.app import open_backend  # torch takes seconds to load
     from server.cli.serving import running
 
-    with tempfile.TemporaryDirectory(prefix="x2l-bench-") as folder:
-        store = None if os.environ.get("X2L_STORE") else f"disk:{folder}/store"
+    with contextlib.closing(Spool()) as spool:
+        store = None if os.environ.get("X2L_STORE") else f"disk:{spool.folder}/store"
         fixed: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "api_key": (), "keep_video": False}
         settings = load_settings(**options, **fixed, store=store, log_level="warning")
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -51,12 +53,29 @@ def test_a_file_of_another_generator_does_not_count(tmp_path: Path, damage: str)
     assert not video.is_made(tmp_path)
 
 
-def test_leaving_early_ends_the_making_and_leaves_nothing_half_done(tmp_path: Path) -> None:
-    long = SyntheticVideo(chunks=100, seed=1)
-    with making([long], tmp_path):
-        while not list(tmp_path.glob("making-*/*.part")):
+def test_leaving_early_ends_the_making_and_leaves_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with making([SyntheticVideo(chunks=100, seed=1)], tmp_path):
+        while not list(tmp_path.glob("*/*.part")):
             time.sleep(0.01)
-    end_s = time.monotonic() + 30
-    while list(tmp_path.iterdir()) and time.monotonic() < end_s:
-        time.sleep(0.01)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
+
+
+def test_what_a_killed_run_was_at_goes_with_the_next(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path; from server.bench.synthetic import SyntheticVideo, making\n"
+        "if __name__ == '__main__':\n"
+        f"    with making([SyntheticVideo(chunks=2, seed=1)], Path({str(tmp_path)!r})):\n"
+        "        input()\n"
+    )
+    script = tmp_path.with_suffix(".py")
+    script.write_text(program)
+    with subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob("*/*.part")):
+            time.sleep(0.01)
+        process.kill()
+    video = SyntheticVideo(chunks=1, seed=2)
+    with making([video], tmp_path, 1) as path_of:
+        path = path_of(video)
+    assert path.is_file()
+    assert not [left for left in tmp_path.iterdir() if left.is_dir()]
