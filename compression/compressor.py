@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -49,6 +50,13 @@ class Kept:
 
     kv: ChunkKV
     tokens: Tensor
+
+
+def join(raw: Sequence[RawChunk]) -> RawChunk:
+    """The chunks of a whole video as one; it is judged by the queries of the last."""
+    keys, values = (torch.cat([getattr(chunk.kv, name) for chunk in raw], dim=2) for name in ("keys", "values"))
+    positions = torch.cat([chunk.positions for chunk in raw], dim=-1)
+    return replace(raw[-1], kv=replace(raw[-1].kv, keys=keys, values=values), positions=positions)
 
 
 class Compressor(Protocol):

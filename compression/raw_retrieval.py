@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from compression.compressor import RawChunk
 from compression.eviction import part
+from compression.frame_subsampling import FrameSubsampling
 from compression.kv import ChunkKV
 
 
 @dataclass(frozen=True, slots=True)
 class RawRetrieval:
-    """Takes chunks by score, best first, as long as a whole one fits.
+    """Takes chunks by score, best first; of the one that no longer fits as many frames as do, at equal distances.
 
     ReKV scores a block by the cosine of the question's mean query and the block's mean key:
     :class:`compression.score.CosineScorer` over chunks pooled to one token each (:class:`compression.pool.Pool`).
@@ -20,11 +21,9 @@ class RawRetrieval:
     """
 
     def keep(self, raw: Sequence[RawChunk], num_tokens: int, scores: Sequence[float]) -> list[ChunkKV]:
-        """See :meth:`compression.eviction.Eviction.keep`; leaves less than a chunk of the budget."""
-        chosen = set()
+        """See :meth:`compression.eviction.Eviction.keep`; leaves less than a frame of the budget."""
+        kept = [part(chunk.kv, 0, 0) for chunk in raw]
         for index in sorted(range(len(raw)), key=lambda index: (-scores[index], index)):
-            if raw[index].num_tokens > num_tokens:
-                break
-            chosen.add(index)
-            num_tokens -= raw[index].num_tokens
-        return [part(chunk.kv, 0, chunk.num_tokens if i in chosen else 0) for i, chunk in enumerate(raw)]
+            (kept[index],) = FrameSubsampling().keep(raw[index : index + 1], num_tokens, ())
+            num_tokens -= kept[index].num_tokens
+        return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from compression.chunk import Chunk
@@ -91,6 +92,14 @@ def peaks(scores: Sequence[float], share: float, most: int) -> tuple[int, ...]:
     """
     ranked = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
     return tuple(index for index in ranked[:most] if scores[index] >= share * scores[ranked[0]])
+
+
+def fewest(scores: Sequence[float], share: float, most: int) -> tuple[int, ...]:
+    """The fewest chunks that together have ``share`` of all scores, but at most ``most``, best first."""
+    ranked = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    reached = accumulate(scores[index] for index in ranked)
+    count = 1 + sum(1 for together in reached if together < share * sum(scores))
+    return tuple(ranked[: min(count, most)])
 
 
 def _in_range(dial: Dial, chunks: Sequence[Chunk]) -> set[int]:

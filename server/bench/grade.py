@@ -21,8 +21,13 @@ def is_right(question_type: str, expected: str, reply: str) -> bool:
     if question_type == "exist":
         said = next(iter(_YES_NO.findall(said)), "")
     elif question_type == "order":
-        said = (_OBJECT.findall(said) or [""])[-1]
+        said = (named_objects(said) or [""])[-1]
     return bool(answer) and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", said) is not None
+
+
+def named_objects(text: str) -> list[str]:
+    """The objects that a text in small letters names, in their order."""
+    return _OBJECT.findall(text)
 
 
 def _plain(text: str) -> str:

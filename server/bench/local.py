@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression.compressor import RawChunk
+from compression.compressor import RawChunk, join
 from compression.kv import ChunkKV
 from compression.methods import COMPRESSORS
 from compression.mixed import MixedCache
-from compression.score import Scorer
+from compression.score import AttentionScorer, Scorer
 from compression.select import Dial
 from kvstore import codec
 from kvstore.base import Store
@@ -150,6 +150,19 @@ class LocalVideo:
             raise TypeError(f"no uncompressed prefill for {self.model.spec.name}")
         run = RawPrefill(self.model)
         return [run.append(features) for features in self.features]
+
+    def raw_asked(self, text: str) -> RawChunk:
+        """The uncompressed KVs of the whole video as one chunk, judged by all tokens of a question that follows it."""
+        cache, whole = self._raw_cache
+        with torch.inference_mode(), self._scoring(AttentionScorer()):  # the one that needs every layer's queries
+            trace = self.model.trace(self._prompt(text), cache)
+        positions = trace.start + torch.arange(trace.queries.shape[2], device=trace.queries.device)
+        return whole.seen_by(trace.queries, positions)
+
+    @cached_property
+    def _raw_cache(self) -> tuple[MixedCache, RawChunk]:
+        whole = join(self.raw)
+        return self.cache([whole.kv]), whole
 
     @cached_property
     def representatives(self) -> list[ChunkKV]:

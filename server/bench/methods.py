@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -11,7 +12,9 @@ from typing import Protocol
 from compression.kv import ChunkKV
 from compression.methods import COMPRESSORS, EVICTIONS
 from compression.score import AttentionScorer, CosineScorer, Scorer
-from compression.select import Dial, peaks
+from compression.select import Dial, fewest, peaks
+from compression.snap import Snap
+from server.bench.grade import named_objects
 from server.bench.local import LocalVideo
 from server.bench.reply import Reply
 from server.bench.synthetic import Question
@@ -21,6 +24,8 @@ RELOADS = (1, 2, 3, 4, 6)
 UNIFORM_RATIOS = (4, 8, 16)
 PEAK = 0.35
 """Chunks with this share of the best score are re-loaded after a draft of the answer."""
+ENOUGH = 0.85
+"""Chunks with this share of all scores are re-loaded by ``adaptive``: about as many, on average, as by default."""
 
 
 class Method(Protocol):
@@ -77,6 +82,19 @@ class Dependent(Dialled):
     @property
     def remote(self) -> bool:
         return False
+
+    def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
+        """See :class:`Method`; the time of deciding counts as the score's."""
+        assert _local(video).high  # loaded now: where a server decides they are on the device
+        jobs, decided_ms = [], []
+        for question in questions:
+            begin_s = time.perf_counter()
+            jobs.append((question.text, self.dial(video, question)))
+            decided_ms.append((time.perf_counter() - begin_s) * 1000)
+        return [
+            replace(reply, scores=(), times_ms={**reply.times_ms, "score": ms})
+            for reply, ms in zip(video.ask(jobs, self.scorer), decided_ms, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +175,21 @@ def _drafted(video: AskedVideo, question: Question) -> Dial:
     return Dial(chunks=tuple(dict.fromkeys((*draft.reloaded, *peaks(wanted, PEAK, 2 * local.default_reload)))))
 
 
+def _adapted(video: AskedVideo, question: Question) -> Dial:
+    """One chunk where the scores have one sharp peak, more where they are flat."""
+    (scores,) = _local(video).scores([question.text])
+    return Dial(chunks=fewest(scores, ENOUGH, 2 * video.default_reload))
+
+
+def _union(video: AskedVideo, question: Question) -> Dial:
+    """In turn the best chunk of every object that the question names, asked about by itself."""
+    names = named_objects(question.text)
+    texts = [f"When does the {name} first appear?" for name in names] if len(names) > 1 else [question.text]
+    ranked = [sorted(range(video.num_chunks), key=lambda i: (-one[i], i)) for one in _local(video).scores(texts)]
+    in_turn = dict.fromkeys(index for turn in zip(*ranked, strict=True) for index in turn)
+    return Dial(chunks=tuple(in_turn)[: video.default_reload])
+
+
 def _shuffled(video: AskedVideo, question: Question) -> list[int]:
     return Random(question.text).sample(range(video.num_chunks), video.num_chunks)
 
@@ -191,6 +224,11 @@ def _retrieve_by_attention(video: LocalVideo, question: Question) -> list[ChunkK
     return EVICTIONS["raw-retrieval"].keep(video.raw, video.default_tokens, scores)
 
 
+def _snap_for_question(video: LocalVideo, question: Question) -> list[ChunkKV]:
+    """SnapKV as published: the window is the question, and the budget is the whole video's."""
+    return [Snap().compress(video.raw_asked(question.text), video.default_tokens).kv]
+
+
 def _reload_from(video: LocalVideo, question: Question, low: Sequence[ChunkKV]) -> list[ChunkKV]:
     """The default's mixed cache with other L-KVs than the store's."""
     (scores,) = video.scores([question.text])
@@ -217,13 +255,17 @@ METHODS: list[Method] = [
     *_reloads("every-head", AttentionScorer()),
     *_reloads("cosine", CosineScorer()),
     Dependent("draft", "draft", _drafted),
+    Dependent("adaptive", "adaptive", _adapted),
+    Dependent("union", "union", _union, at_default=True),
     Dialled("oracle", "oracle", _oracle, at_default=True),
     Dialled("random", "random", _random, at_default=True),
     Built("raw", "raw", lambda video: [chunk.kv for chunk in video.raw]),
     *(_evicted(name) for name in (*COMPRESSORS, "frames", "recency")),
+    BuiltForQuestion("snap-question", "snap-question", _snap_for_question, at_default=True),
     BuiltForQuestion("raw-retrieval", "raw-retrieval", _retrieve_by_mean_keys, at_default=True),
     BuiltForQuestion("raw-retrieval-attention", "raw-retrieval-attention", _retrieve_by_attention, at_default=True),
     *_variant("int8", lambda video: video.low_int8),
     *_variant("high-memory", lambda video: video.prefilled(prefill_mode="high-memory")[0]),
+    *_variant("recent-2", lambda video: video.prefilled(prefill_mode="recent-2")[0]),
 ]
 """A new row is one more entry. ``low`` and ``high`` are uniform compression at the model's two ratios."""

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from server.bench.remote import RemoteBench
 
 SIZES: Mapping[str, Mapping[int, int]] = {
-    "quick": {8: 2, 16: 3},
-    "standard": {8: 7, 16: 10, 32: 7, 64: 6, 128: 3},
+    "quick": {8: 2, 16: 2},
+    "standard": {8: 6, 16: 10, 32: 6, 64: 4, 128: 2},
     "full": {8: 13, 16: 32, 32: 13, 64: 32, 128: 13},
 }
 """Length in chunks -> videos, of 16 questions each."""
@@ -85,6 +85,7 @@ def run_quality(
             default = f"attention-{model.spec.default_reload}"
             dtype = str(model.dtype).removeprefix("torch.")
             configuration |= {"model": model.spec.name, "fingerprint": model.fingerprint, "dtype": dtype}
+            configuration["scorer"] = repr(model.scorer)  # which the fingerprint leaves out
             folder = stack.enter_context(open_folder(out, configuration))
             bench = stack.enter_context(LocalBench(load, model, out / "work"))
         _ask_all(bench, videos, methods, folder, videos_folder, console)

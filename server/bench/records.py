@@ -25,8 +25,8 @@ class Record:
 
     ``chunks`` is the video's length and ``truth`` holds the chunks with the answer. ``ranks`` are their places (from
     0) in the order of the scores; None where no scores chose. ``contained`` tells whether the times of the re-loaded
-    chunks cover the span that shows the answer; None where nothing is shown or nothing chosen. ``times_ms`` by phase
-    and ``prefill_s`` of the video are noted for questions that were asked alone.
+    chunks cover the span that shows the answer; None where nothing is shown or nothing chosen. ``times_ms`` by phase,
+    as far as it was measured, and ``prefill_s`` of the video are noted for questions that were asked alone.
     """
 
     method: str

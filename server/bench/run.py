@@ -11,7 +11,7 @@ from typing import Protocol
 from server.bench.grade import is_right
 from server.bench.methods import Method
 from server.bench.records import Record, RunFolder
-from server.bench.reply import PHASES, Reply
+from server.bench.reply import Reply
 from server.bench.synthetic import Question, SyntheticVideo
 from server.bench.video import AskedVideo, VideoRefused
 from server.video.errors import VideoError
@@ -100,7 +100,7 @@ def _record(video: SyntheticVideo, method: Method, question: Question, reply: Re
         kv_tokens=reply.kv_tokens,
         kv_nbytes=reply.kv_nbytes,
         reload_nbytes=reply.reload_nbytes,
-        times_ms=None if prefill_s is None else {phase: round(reply.times_ms.get(phase, 0.0), 2) for phase in PHASES},
+        times_ms=None if prefill_s is None else {phase: round(ms, 2) for phase, ms in reply.times_ms.items()},
         prefill_s=prefill_s,
     )
 

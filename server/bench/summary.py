@@ -26,6 +26,7 @@ def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
         {
             "chunks": chunks,
             "videos": len({record.seed for of_method in rows.values() for record in of_method}),
+            "video_prefill_s": _prefill_s(record for of_method in rows.values() for record in of_method),
             "methods": {
                 method.name: {"family": method.family, "at_default": method.at_default} | _row(rows[method.name])
                 for method in (*METHODS, PLAIN)
@@ -59,16 +60,21 @@ def _row(records: Sequence[Record]) -> dict[str, Any]:
         "accuracy": _share_of([record.right for record in records]),
         "by_type": {kind: _share_of(right) for kind, right in kinds.items() if right},
         "errors": len(records) - len(answered),
-        "kv_tokens": _mean((record.kv_tokens for record in answered), 1),
-        "kv_nbytes": _mean((record.kv_nbytes for record in answered), 0),
-        "reload_nbytes": _mean((record.reload_nbytes for record in answered), 0),
+        # No cache is empty: a server that tells nothing has no figures.
+        "kv_tokens": _mean((record.kv_tokens or None for record in answered), 1),
+        "kv_nbytes": _mean((record.kv_nbytes or None for record in answered), 0),
+        "reload_nbytes": _mean((record.reload_nbytes if record.kv_tokens else None for record in answered), 0),
         "recall": {str(count): _mean(recall_at(record, count) for record in answered) for count in RANKS},
         "span_precision": _mean(n / len(record.reloaded) for n, record in zip(found, pointed, strict=True)),
         "span_recall": _mean(n / len(record.truth) for n, record in zip(found, pointed, strict=True)),
         "contained": _share_of([record.contained for record in answered if record.contained is not None]),
         "median_ms": {phase: _median_ms(answered, phase) for phase in PHASES},
-        "video_prefill_s": _mean((record.prefill_s for record in answered), 2),
     }
+
+
+def _prefill_s(records: Iterable[Record]) -> float | None:
+    """The mean over the videos, as the engine prefilled them."""
+    return _mean({record.seed: record.prefill_s for record in records if record.prefill_s}.values(), 2)
 
 
 def _share_of(values: Sequence[bool]) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def _share_of(values: Sequence[bool]) -> dict[str, Any]:
 
 
 def _median_ms(records: Iterable[Record], phase: str) -> float | None:
-    times = [record.times_ms[phase] for record in records if record.times_ms is not None]
+    times = [record.times_ms[phase] for record in records if record.times_ms and phase in record.times_ms]
     return round(median(times), 1) if times else None
 
 

@@ -33,7 +33,7 @@ def print_table(summary: Sequence[Mapping[str, Any]], default: str, console: Con
             table.add_row(shown, *_cells(row))
     console.print(table)
     console.print(
-        "recall@k: the scorer's, of the chunks with the answer; span: of the re-loaded chunks; "
+        "recall@k: the scorer's, of as many chunks with the answer as fit into k; span: of the re-loaded chunks; "
         "times: medians of questions asked alone"
     )
 

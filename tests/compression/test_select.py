@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compression.chunk import Chunk
-from compression.select import CacheSizes, Dial, SelectionError, peaks, select
+from compression.select import CacheSizes, Dial, SelectionError, fewest, peaks, select
 
 CHUNKS = [Chunk(index, 16.0 * index, 16.0 * (index + 1), 16) for index in range(6)]
 SIZES = CacheSizes(prefix=9, low=[64] * 6, high=[4] * 6)
@@ -75,3 +75,10 @@ def test_peaks_are_as_many_as_stand_out() -> None:
     assert peaks([0.1, 0.8, 0.05, 0.1], 0.4, 3) == (1,)
     assert peaks([0.3, 0.3, 0.3, 0.3], 0.4, 3) == (0, 1, 2)
     assert peaks([], 0.4, 3) == ()
+
+
+def test_fewest_are_as_many_as_share_the_scores() -> None:
+    assert fewest([0.1, 0.8, 0.0, 0.1], 0.8, 3) == (1,)
+    assert fewest([0.1, 0.6, 0.0, 0.3], 0.8, 3) == (1, 3)
+    assert fewest([0.25, 0.25, 0.25, 0.25], 0.9, 3) == (0, 1, 2)
+    assert fewest([], 0.9, 3) == ()

@@ -64,12 +64,9 @@ def test_a_row() -> None:
         replace(RECORD, index=2, type="exist", truth=(), ranks=(), contained=None, times_ms=None, prefill_s=None),
         replace(RECORD, index=3, type="order", right=False, error="APIError: no", kv_tokens=0, reloaded=(), ranks=None),
     ]
-    for record in records[:2]:
-        assert record.times_ms is not None
-        record.times_ms.update(reload=0.0, prefill=0.0, decode=0.0)
     assert summarize([]) == []
     (length,) = summarize(records)
-    assert (length["chunks"], length["videos"]) == (8, 1)
+    assert (length["chunks"], length["videos"], length["video_prefill_s"]) == (8, 1, 2.0)
     row = length["methods"]["low"]
     assert (row["accuracy"]["right"], row["accuracy"]["asked"]) == (2, 4)  # an error counts as wrong
     assert row["errors"] == 1
@@ -82,7 +79,13 @@ def test_a_row() -> None:
     assert (row["recall"]["1"], row["recall"]["2"]) == (0.0, 0.5)
     assert (row["span_precision"], row["span_recall"]) == (0.25, 0.5)
     assert (row["contained"]["right"], row["contained"]["asked"]) == (1, 2)
-    assert row["median_ms"]["score"] == 2.0
+    assert row["median_ms"] == {"score": 2.0, "reload": None, "prefill": None, "decode": None}
+
+
+def test_what_a_server_does_not_tell_is_left_open() -> None:
+    (length,) = summarize([replace(RECORD, kv_tokens=0, kv_nbytes=0, reload_nbytes=0, times_ms={}, prefill_s=0.0)])
+    row = length["methods"]["low"]
+    assert row["kv_tokens"] is row["kv_nbytes"] is row["reload_nbytes"] is length["video_prefill_s"] is None
 
 
 def test_lengths_and_methods_stand_in_order() -> None:
