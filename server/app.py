@@ -53,7 +53,8 @@ class Backend:
 
 
 def open_backend(settings: Settings) -> Backend:
-    """Opens the store and loads the model. Raises ValueError or StoreError for settings that cannot be met."""
+    """Opens the store, loads the model and starts the engine. Raises ValueError or StoreError for settings that cannot
+    be met, and for a store that cannot be read; then nothing stays open."""
     store = open_store(settings.store, cache_nbytes=settings.store_cache_bytes, wait_s=settings.wait_for_store)
     try:
         model = load_model(
@@ -67,11 +68,17 @@ def open_backend(settings: Settings) -> Backend:
         store.close()
         raise
     spool = Spool()
-    return Backend(model, store, Engine(model, store, _engine_options(settings, spool)), spool)
+    backend = Backend(model, store, Engine(model, store, _engine_options(settings, spool)), spool)
+    try:
+        backend.engine.start()
+    except BaseException:
+        backend.close()
+        raise
+    return backend
 
 
 def create_app(settings: Settings, backend: Backend) -> FastAPI:
-    """The ASGI application. Its lifespan starts the engine and drains it in the end; the store stays open."""
+    """The ASGI application. Its lifespan drains the engine in the end; the store stays open."""
     engine = backend.engine
 
     @asynccontextmanager
@@ -79,7 +86,6 @@ def create_app(settings: Settings, backend: Backend) -> FastAPI:
         unfinished = Uploads(backend.store, engine.library)
         services = Services(settings, engine, unfinished, backend.model.spec, backend.spool.folder)
         app.state.services = services
-        await asyncio.to_thread(engine.start)
         sweeper = asyncio.create_task(_sweep(unfinished))
         try:
             yield

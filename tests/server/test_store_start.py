@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from redis_servers import RedisServer, free_port
 
+from kvstore import envelope
 from kvstore.errors import InvalidStoreURL
 from kvstore.open import open_store, without_password
 from server.app import open_backend
@@ -69,6 +70,20 @@ def test_a_disk_store_of_a_newer_version(monkeypatch, capsys, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert "layout version 99" in serve(monkeypatch, capsys, "--store", f"disk:{tmp_path}")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("settings_from_options_alone")
+def test_a_store_that_a_newer_version_has_written_to(monkeypatch, capsys, tmp_path):
+    blob = "file/file-0123456789abcdef01234567"
+    store = open_store(f"disk:{tmp_path / 'store'}")
+    with monkeypatch.context() as newer:
+        newer.setattr(envelope, "FORMAT_VERSION", envelope.FORMAT_VERSION + 1)
+        store.put(blob, b"of a later version")
+    store.close()
+    file = next((tmp_path / "store" / "blobs" / blob).parent.iterdir())
+    before = file.read_bytes()
+    assert "format version" in serve(monkeypatch, capsys, "--store", f"disk:{tmp_path / 'store'}")
+    assert file.read_bytes() == before
 
 
 def test_a_store_opened_for_a_model_that_is_not_there_is_closed(tmp_path):
