@@ -62,11 +62,19 @@ class Content:
             part = self._store.get(self._key.part(index))
             if part is None:
                 raise MissingBlob(f"{self._key.part(index)} is gone")
-            if len(part) != min(self._part_nbytes, self.nbytes - index * self._part_nbytes):
+            if len(part) != self._length(index):
                 raise CorruptBlob(f"{self._key.part(index)} has another length than its manifest says")
             piece = bytes(memoryview(part)[offset : offset + stop - start])
             yield piece
             start += len(piece)
+
+    def is_whole(self) -> bool:
+        """Whether every part is there, as far as its size tells: none is read. Raises StoreUnavailable."""
+        stats = (self._store.stat(self._key.part(index)) for index in range(-(-self.nbytes // self._part_nbytes)))
+        return all(stat is not None and stat.nbytes == self._length(index) for index, stat in enumerate(stats))
+
+    def _length(self, index: int) -> int:
+        return min(self._part_nbytes, self.nbytes - index * self._part_nbytes)
 
 
 class ContentStore:
@@ -101,6 +109,14 @@ class ContentStore:
         except ValidationError as error:
             raise CorruptBlob(f"{key.manifest} is not a manifest: {error}") from error
         return Content(self._store, key, manifest)
+
+    def holds(self, key: FileKey) -> bool:
+        """Whether the file is kept, with nothing missing and its manifest undamaged; its bytes are not read."""
+        try:
+            content = self.get(key)
+        except CorruptBlob:
+            return False
+        return content is not None and content.is_whole()
 
     def touch(self, key: FileKey) -> None:
         """Records a use of the file, for the quota."""

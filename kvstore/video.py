@@ -70,11 +70,11 @@ class VideoStore:
 
     def read_chunk(self, key: KVKey, index: int) -> tuple[ChunkKV, ChunkKV] | None:
         """A chunk's L-KV and H-KV, on the CPU, whether or not the video is committed; None unless all that
-        ``write_chunk`` wrote is there and undamaged (the thumbnail is not read), and is what it was given."""
+        ``write_chunk`` wrote is there and undamaged, and is what it was given."""
         if self._low_precision != "exact":
             return None
         low, high = self._read([key.low(index), key.high(index)])
-        if not (isinstance(low, ChunkKV) and isinstance(high, ChunkKV) and self._store.stat(key.thumbnail(index))):
+        if not (isinstance(low, ChunkKV) and isinstance(high, ChunkKV) and self._has_thumbnail(key, index)):
             return None
         return low, high
 
@@ -92,6 +92,12 @@ class VideoStore:
         for blob in list(self._store.keys(key.root)):
             self._store.delete(blob)
         return committed
+
+    def _has_thumbnail(self, key: KVKey, index: int) -> bool:
+        try:
+            return self.thumbnail(key, index) is not None
+        except CorruptBlob:
+            return False
 
     def _read(self, blobs: Sequence[str]) -> list[ChunkKV | MissingBlob | CorruptBlob]:
         return [_decoded(blob, data) for blob, data in zip(blobs, self._store.get_many(blobs), strict=True)]

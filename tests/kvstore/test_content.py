@@ -105,6 +105,19 @@ def test_a_damaged_manifest(contents, store):
         contents.get(KEY)
 
 
+def test_a_file_of_which_a_part_is_missing_is_not_held(contents, store):
+    assert not contents.holds(KEY)
+    for damage in (
+        lambda: store.delete(KEY.part(1)),
+        lambda: store.put(KEY.part(2), b"short"),
+        lambda: store.put(KEY.manifest, b"garbage"),
+    ):
+        contents.put(KEY, io.BytesIO(bytes(250)))
+        assert contents.holds(KEY)
+        damage()
+        assert not contents.holds(KEY)
+
+
 def test_delete(contents, store):
     contents.put(KEY, io.BytesIO(bytes(400)))
     assert contents.delete(KEY) is True

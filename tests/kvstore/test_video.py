@@ -60,6 +60,23 @@ def test_l_kvs_as_int8(store, make):
     assert low.keys.dtype == exact.keys.dtype
 
 
+@pytest.mark.parametrize("blob", ["low", "high", "thumbnail"])
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_chunk_is_read_back_whole_or_not_at_all(videos, store, make, damage, blob, how):
+    key = make.key()
+    low, high = make.kv("low", 6), make.kv("high", 2)
+    videos.write_chunk(key, 0, low, high, b"jpeg")
+    read = videos.read_chunk(key, 0)
+    assert make.same(read[0], low)
+    assert make.same(read[1], high)
+    name = getattr(key, blob)(0)
+    if how == "gone":
+        store.delete(name)
+    else:
+        damage(name, flip_last_byte)
+    assert videos.read_chunk(key, 0) is None
+
+
 def test_nothing_is_visible_before_the_commit(videos, make):
     key = make.key()
     videos.write_prefix(key, make.kv("prefix"))
