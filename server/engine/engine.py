@@ -15,7 +15,7 @@ import torch
 
 from compression.kv import ChunkKV
 from kvstore.base import Store
-from kvstore.errors import CorruptBlob, DamagedVideo, MissingBlob, PoolError, PoolFull, StoreError
+from kvstore.errors import CorruptBlob, DamagedVideo, MissingBlob, PoolError, PoolFull, StoreError, StoreUnavailable
 from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import HighKV, ResidentPool
@@ -73,7 +73,7 @@ class Engine:
             on_ingest=lambda ingest: self._inbox.put(partial(self._scheduler.add_ingest, ingest)),
             on_change=lambda key: self._inbox.put(partial(self._video_changed, key)),
             on_delete=lambda file_id: self._inbox.put(partial(self._file_deleted, file_id)),
-            wake=self._wake,
+            wake=lambda: self._inbox.put(lambda: None),
         )
         self.metrics = EngineMetrics(
             in_flight=lambda: len(self._in_flight),
@@ -186,10 +186,6 @@ class Engine:
             self._fail(question, error)
         self.library.close()  # if not closed before: other replicas may go on with its prefills
 
-    def _wake(self) -> None:
-        """From any thread: there may be something to do."""
-        self._inbox.put(lambda: None)
-
     def _check_pool(self) -> None:
         """Whether the books balance, in an idle moment."""
         try:
@@ -233,6 +229,8 @@ class Engine:
         elif not self._open:
             raise ShuttingDown("the server is shutting down")
         elif job is not None:
+            if job.failing_s > self._options.load_timeout_s:
+                raise StoreUnavailable("the prefill that was asked about waits for the store")
             question.phase = Phase.WAITING
         else:
             self._heal(question, video, manifest)

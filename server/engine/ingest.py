@@ -80,8 +80,8 @@ class Ingest:
         """Known once the file was opened, here or before."""
         self.records: list[ChunkRecord] = []
         """The chunks that are done."""
-        self.num_computed = 0
-        """Those of them that did not come from the store."""
+        self.num_written = 0
+        """Those of them that were computed and have come into the store."""
         self._fingerprint = fingerprint
         self._model = model
         self._videos = videos
@@ -234,16 +234,16 @@ class Ingest:
             if self._failure is not None:
                 return
             self._note(chunk, chunk.num_frames * self._model.spec.tokens_per_frame, low, high)
-            self.num_computed += 1
             self._num_pending_writes += 1
             write = self._writers.submit(self._videos.write_chunk, self.key, chunk.index, low, high, decoded.thumbnail)
             self._writes.append(write)
         write.add_done_callback(self._written)
 
     def _written(self, write: Future[None]) -> None:
+        error = write.exception()
         with self._lock:
             self._num_pending_writes -= 1
-        error = write.exception()
+            self.num_written += error is None
         if error is not None:
             self._abort(error)
         self._wake()

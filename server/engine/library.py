@@ -16,14 +16,14 @@ from pathlib import Path
 from compression.chunk import Chunk
 from kvstore.base import Store
 from kvstore.content import ContentStore
-from kvstore.errors import StoreError, StoreUnavailable
+from kvstore.errors import CorruptBlob, StoreError, StoreUnavailable
 from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
 from server.engine.ingest import Ingest
 from server.engine.options import EngineOptions
-from server.engine.record import FileRecord, FileSource, VideoStatus
+from server.engine.record import FileRecord, FileSource, FileStatus, VideoStatus
 from server.engine.records import Records
 from server.engine.room import Room
 from server.engine.video import Video
@@ -146,14 +146,20 @@ class Library:
                 record = replace(record, id=f"file-{key.digest[:24]}")
             info = None if self._videos.manifest(key) is not None else self._probe(path, sampling)
             self._keep(path, record, stored_nbytes)
-            with self._records.changing(record.content):
-                self._keep(path, record, stored_nbytes)  # unless another replica has deleted it just now
-                manifest = self._videos.manifest(key)
-                known = self._records.get(record.id) if source == "inline" else None
-                if known is not None:
-                    record = replace(known, expires_at=record.expires_at)
-                record = replace(record, status="uploaded" if manifest is None else "processed", status_details=None)
-                self._records.put(record)
+            try:
+                with self._records.changing(record.content):
+                    self._keep(path, record, stored_nbytes)  # unless another replica has deleted it just now
+                    manifest = self._videos.manifest(key)
+                    known = self._records.get(record.id) if source == "inline" else None
+                    if known is not None:
+                        record = replace(known, expires_at=record.expires_at)
+                    status: FileStatus = "uploaded" if manifest is None else "processed"
+                    record = replace(record, status=status, status_details=None)
+                    self._records.put(record)
+            except StoreError:
+                with suppress(StoreError):  # no file refers to the bytes that were kept, unless another one does
+                    self._videos.clear(key, record.content)
+                raise
             taken = self._videos.take(record, manifest, path, info)
             return self._videos.snapshot(record)
         finally:
@@ -216,13 +222,25 @@ class Library:
         return [(chunk, low, high, resident) for chunk, low, high in rows]
 
     def thumbnail(self, record: FileRecord, index: int) -> bytes | None:
-        """A JPEG of the chunk's middle frame; None if there is none (yet). Raises StoreError."""
-        jpeg = self._kvs.thumbnail(self._videos.key_of(record), index)
+        """A JPEG of the chunk's middle frame; None if there is none (yet), or a damaged one, which is made again if the
+        file's bytes are kept. Raises StoreError."""
+        if index not in range(len(self.chunks(record))):
+            return None
+        try:
+            jpeg = self._kvs.thumbnail(self._videos.key_of(record), index)
+        except CorruptBlob as error:
+            _log.warning("a thumbnail is damaged: %s", error)
+            self._videos.repair(self._videos.of(record))
+            return None
         return None if jpeg is None else bytes(jpeg)
 
     def content(self, record: FileRecord) -> Iterator[bytes] | None:
-        """The file's bytes; None if they were not kept. Raises StoreError, also while iterating."""
-        content = self._contents.get(record.content)
+        """The file's bytes; None if they were not kept, or cannot be read. Raises StoreError, also while iterating."""
+        try:
+            content = self._contents.get(record.content)
+        except CorruptBlob as error:
+            _log.warning("a kept file is damaged: %s", error)
+            return None
         return None if content is None else content.read()
 
     def video(self, file_id: str, tenant: str) -> Video | None:
@@ -274,7 +292,7 @@ class Library:
             return reader.info
 
     def _keep(self, path: Path, record: FileRecord, stored_nbytes: int) -> None:
-        if self._options.keep_video and self._contents.get(record.content) is None:
+        if self._options.keep_video and not self._contents.holds(record.content):
             self._room.make(record.nbytes - stored_nbytes, self._videos.of(record))
             with path.open("rb") as file:
                 self._contents.put(record.content, file)
@@ -283,8 +301,12 @@ class Library:
         self._videos.forget(record)
         self._on_delete(record.id)
 
-    def _remove(self, record: FileRecord) -> bool:
+    def _remove(self, record: FileRecord, *, only_expired: bool = False) -> bool:
         with self._records.changing(record.content):
+            if only_expired:  # a use of it may have put that off meanwhile, here or elsewhere
+                now = self._records.get(record.id)
+                if now is not None and not now.expired:
+                    return False
             deleted = self._records.delete(record)  # and forgotten by that
         self._videos.wait_stopped(record)
         self._videos.clear(self._videos.key_of(record), record.content)
@@ -303,10 +325,12 @@ class Library:
                 records = self._records.all()
                 for record in records:
                     if record.expired:
-                        self._remove(record)
+                        self._remove(record, only_expired=True)
                 self._adopt(records)
             except StoreError as error:
                 _log.warning("expired files could not be deleted yet: %s", error)
+            except Exception:
+                _log.exception("files could not be looked after")
 
 
 def _sha256(path: Path) -> str:

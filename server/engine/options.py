@@ -20,8 +20,8 @@ class EngineOptions:
     ``low_precision`` how L-KVs are stored.
 
     A prefill holds its video by a lease of ``lease_s``, which another replica takes over when it lapses. A question
-    waits ``reload_timeout_s`` for its L-KVs before H-KVs stand in, and ``load_timeout_s`` for its H-KVs; a prefill
-    waits ``store_patience_s`` for a store that is away.
+    waits ``reload_timeout_s`` for its L-KVs before H-KVs stand in, and ``load_timeout_s`` for its H-KVs, or for a
+    prefill that a store which is away holds up; the prefill itself waits ``store_patience_s`` for it.
     """
 
     max_batch: int = 16

@@ -58,13 +58,14 @@ class Prefills:
         on_ingest: Callable[[Ingest], None],
         on_look: Callable[[Video], str | None],
         on_commit: Callable[[Video], None],
+        on_delay: Callable[[Video], None],
         on_end: Callable[[Video, Job, Prefilled | str | None], None],
         wake: Callable[[], None],
     ) -> None:
         """``on_ingest`` gets every prefill that begins, for the engine thread to take its steps; ``on_look`` a video
         every now and then, and tells why it need not be prefilled any more, if that is so; ``on_commit`` one that has
-        come into the store, and may raise StoreError to refuse it; ``on_end`` the result, or why there is none, or
-        None if it was stopped."""
+        come into the store, and may raise StoreError to refuse it; ``on_delay`` one that waits for the store, again
+        and again while it does; ``on_end`` the result, or why there is none, or None if it was stopped."""
         self._model = model
         self._store = store
         self._videos = videos
@@ -72,7 +73,8 @@ class Prefills:
         self._writers = writers
         self._options = options
         self._limits = options.limits_for(model.spec)
-        self._on_ingest, self._on_look, self._on_commit, self._on_end = on_ingest, on_look, on_commit, on_end
+        self._on_ingest, self._on_look, self._on_commit = on_ingest, on_look, on_commit
+        self._on_delay, self._on_end = on_delay, on_end
         self._wake = wake
         self._threads = ThreadPoolExecutor(options.max_concurrent_prefills, "x2l-ingest")
         self._keeper = threading.Thread(target=self._keep, name="x2l-leases", daemon=True)
@@ -233,7 +235,7 @@ class Prefills:
             self._on_ingest(ingest)
             manifest, high = ingest.run(path, video.sampling, self._limits)
         finally:
-            if ingest.num_computed:
+            if ingest.num_written:
                 job.failing_since_s = None
             if path is not job.path:
                 path.unlink()
@@ -258,6 +260,8 @@ class Prefills:
         _log.warning("a prefill waits for the store: %s", error)
         if now_s - job.failing_since_s > self._options.store_patience_s:
             self._finish(video, job, str(error))
+        else:
+            self._on_delay(video)
 
     def _restore(self, key: ContentKey) -> Path:
         """The kept bytes as a temporary file. Bytes that are damaged are kept no longer. Raises StoreError."""

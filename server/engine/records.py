@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from kvstore.base import Store
-from kvstore.errors import CorruptBlob, StoreError, StoreUnavailable
+from kvstore.errors import CorruptBlob, StoreError, StoreFull, StoreUnavailable
 from kvstore.key import ContentKey
 from server.engine.record import RECORDS, FileRecord
 
@@ -82,8 +82,10 @@ class Records:
                 found[file_id] = record
                 self._note(file_id, record)
         for file_id in before:
-            if file_id not in found:
-                self._note(file_id, None)
+            # A listing may miss what is replaced meanwhile, and a file that is deleted takes its prefill with it.
+            record = found.get(file_id) or self.get(file_id)
+            if record is not None:
+                found[file_id] = record
         return list(found.values())
 
     def put(self, record: FileRecord) -> None:
@@ -117,7 +119,7 @@ class Records:
         """
         name, owner = content.root.rstrip("/"), uuid.uuid4().hex
         end_s = time.monotonic() + _LOCK_PATIENCE_S
-        while not self._store.acquire_lock(name, owner, _LOCK_TTL_S):
+        while not self._lock_content(name, owner):
             if time.monotonic() > end_s:
                 raise StoreUnavailable("this file is being changed elsewhere: try again")
             time.sleep(_LOCK_POLL_S)
@@ -126,6 +128,12 @@ class Records:
         finally:
             with suppress(StoreError):  # it lapses by itself
                 self._store.release_lock(name, owner)
+
+    def _lock_content(self, name: str, owner: str) -> bool:
+        try:
+            return self._store.acquire_lock(name, owner, _LOCK_TTL_S)
+        except StoreFull:
+            return True  # deleting makes room, so it must not need any; whatever else is changed needs room itself
 
     def _note(self, file_id: str, record: FileRecord | None) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kvstore.base import Store
 from kvstore.content import Content, ContentStore
-from kvstore.errors import CorruptBlob, DamagedVideo, StoreError
+from kvstore.errors import CorruptBlob, DamagedVideo, StoreError, StoreFull
 from kvstore.key import UPLOADS, PartKey
 from server.engine.errors import UploadBusy, UploadNotFound, UploadRefused
 from server.engine.library import FileRecord, Library
@@ -256,9 +256,10 @@ class Uploads:
     @contextmanager
     def _alone(self, record: UploadRecord) -> Iterator[None]:
         """Nobody else, at any replica, ends this upload meanwhile. Raises UploadBusy."""
-        owner = uuid.uuid4().hex
-        if not self._store.acquire_lock(record.root[:-1], owner, 60 + record.nbytes / _SLOWEST_NBYTES_PER_S):
-            raise UploadBusy(record.id)
+        owner, ttl_s = uuid.uuid4().hex, 60 + record.nbytes / _SLOWEST_NBYTES_PER_S
+        with suppress(StoreFull):  # removing what has ended makes room, so it must not need any
+            if not self._store.acquire_lock(record.root[:-1], owner, ttl_s):
+                raise UploadBusy(record.id)
         try:
             yield
         finally:

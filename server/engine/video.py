@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,11 @@ class Job:
     """When to look again whether another replica has done it, or whether the store is back; on the monotonic clock."""
     failing_since_s: float | None = None
     """Since when the store has been away."""
+
+    @property
+    def failing_s(self) -> float:
+        since_s = self.failing_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
 
 @dataclass(slots=True, eq=False)

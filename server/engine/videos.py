@@ -76,6 +76,7 @@ class Videos:
             on_ingest=on_ingest,
             on_look=self._look_in,
             on_commit=on_commit,
+            on_delay=lambda video: on_change(video.key),
             on_end=self._settle,
             wake=wake,
         )

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from clips import Clip
+from until import until
 
 from compression.select import Dial
-from kvstore.base import Sealed
-from kvstore.errors import StoreUnavailable
+from kvstore.base import Data, Sealed
+from kvstore.errors import StoreFull, StoreUnavailable
 from kvstore.memory import MemoryStore
 from server.engine.errors import DeviceOutOfMemory, RequestFailed, ShuttingDown, VideoFailed
 from server.engine.request import Request, SamplingParams
@@ -24,7 +25,7 @@ Drive = Callable[..., Any]
 
 
 class FlakyStore(MemoryStore):
-    """A memory store that fails to read keys which hold ``broken``."""
+    """A memory store that fails to read and write keys which hold ``broken``."""
 
     broken: str | None = None
 
@@ -32,6 +33,27 @@ class FlakyStore(MemoryStore):
         if self.broken and self.broken in key:
             raise StoreUnavailable(f"cannot read {key}")
         return super()._read(key)
+
+    def _write(self, key: str, header: bytes, payload: Data) -> None:
+        if self.broken and self.broken in key:
+            raise StoreUnavailable(f"cannot write {key}")
+        super()._write(key, header, payload)
+
+
+class FullStore(MemoryStore):
+    """Takes nothing any more, not even a lock, once it is ``full``."""
+
+    full = False
+
+    def _write(self, key: str, header: bytes, payload: Data) -> None:
+        if self.full:
+            raise StoreFull("no room")
+        super()._write(key, header, payload)
+
+    def _acquire_lock(self, name: str, owner: str, ttl_s: float) -> bool:
+        if self.full:
+            raise StoreFull("no room")
+        return super()._acquire_lock(name, owner, ttl_s)
 
 
 class HangingStore(MemoryStore):
@@ -170,6 +192,65 @@ def test_a_store_that_hangs_holds_one_question_up_and_no_other(drive: Drive, fou
     finally:
         store.released.set()
     assert driver.ask(record).text == text
+
+
+def test_a_question_does_not_wait_for_a_prefill_that_waits_for_the_store(drive: Drive, long_clip: Clip) -> None:
+    store = FlakyStore()
+    driver = drive(store, load_timeout_s=0.2)
+    record = driver.upload(long_clip, wait=False)
+    waiting = driver.start(record)
+    until(lambda: driver.engine.library.get(record.id, "").video.chunks_done >= 2)
+    store.broken = "kv/"
+    assert isinstance(waiting.wait().error, StoreUnavailable)
+    assert isinstance(driver.ask(record).error, StoreUnavailable)
+    assert driver.engine.library.get(record.id, "").status == "uploaded"
+    store.broken = None
+    assert driver.wait_processed(record).status == "processed"
+    assert driver.ask(record).error is None
+
+
+def test_what_is_in_a_full_store_can_be_deleted(drive: Drive, two_chunks: Clip, long_clip: Clip) -> None:
+    store = FullStore()
+    driver = drive(store)
+    record = driver.upload(two_chunks)
+    store.full = True
+    with pytest.raises(StoreFull):
+        driver.upload(long_clip)
+    assert driver.engine.library.delete(record.id, "")
+    assert list(store.keys()) == []
+
+
+def test_a_file_whose_record_finds_no_room_leaves_nothing(drive: Drive, two_chunks: Clip) -> None:
+    store = FlakyStore()
+    driver = drive(store)
+    store.broken = "file/"
+    with pytest.raises(StoreUnavailable):
+        driver.upload(two_chunks)
+    store.broken = None
+    assert list(store.keys()) == []
+
+
+@pytest.mark.parametrize("keep_video", [True, False])
+def test_a_damaged_thumbnail_is_none_and_made_again(drive: Drive, four_chunks: Clip, keep_video: bool) -> None:
+    driver = drive(keep_video=keep_video)
+    library, record = driver.engine.library, driver.upload(four_chunks)
+    intact = library.thumbnail(record, 1)
+    damage(driver.store, key_of(driver, "thumb/00001"), "flip")
+    assert intact and library.thumbnail(record, 1) is None
+    driver.wait_whole(record)
+    assert library.thumbnail(record, 1) == (intact if keep_video else None)
+    assert library.get(record.id, "").status == "processed" and not driver.ask(record).outcome.degraded
+
+
+@pytest.mark.parametrize("part", ["manifest", "part/00000"])
+def test_kept_bytes_that_are_damaged_come_back_with_an_upload(drive: Drive, two_chunks: Clip, part: str) -> None:
+    driver = drive()
+    record = driver.upload(two_chunks)
+    key = next(key for key in driver.store.keys("content/") if key.endswith(part))
+    damage(driver.store, key, "flip" if part == "manifest" else "delete")
+    assert part != "manifest" or driver.engine.library.content(record) is None
+    assert driver.upload(two_chunks, wait=False).status == "processed"
+    assert b"".join(driver.engine.library.content(record)) == two_chunks.path.read_bytes()
 
 
 def test_high_kvs_out_of_reach_fail_the_question_alone(drive: Drive, four_chunks: Clip) -> None:
