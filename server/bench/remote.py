@@ -14,11 +14,9 @@ import openai
 
 from compression.score import Scorer
 from compression.select import Dial
-from server.bench.reply import MAX_TOKENS, PHASES, Reply
+from server.bench.reply import MAX_TOKENS, OWN, PHASES, Reply
 from server.bench.video import ServerUnusable, VideoRefused
 
-OWN = "x2l"
-"""What this server says that its models are owned by."""
 _CONCURRENCY = 8
 _TIMEOUT_S = 600.0
 _POLL_S = 0.1

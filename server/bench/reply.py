@@ -10,6 +10,10 @@ MAX_TOKENS = 64
 """Of an answer: a synthetic question's longest has about 20."""
 
 
+OWN = "x2l"
+"""What this server says that its models are owned by."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """An answer, or the ``error`` that came instead.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from server.bench.interval import wilson
+from server.bench.interval import share
 from server.bench.methods import METHODS, PLAIN
 from server.bench.records import Record
 from server.bench.reply import PHASES
@@ -37,18 +37,15 @@ def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
     ]
 
 
-def share(right: int, asked: int) -> dict[str, Any]:
-    """A share with its 95 % interval (Wilson)."""
-    low, high = wilson(right, asked)
-    value = round(right / asked, 4) if asked else None
-    return {"right": right, "asked": asked, "share": value, "low": round(low, 4), "high": round(high, 4)}
+def recall(ranks: Sequence[int], count: int) -> float:
+    """Of the chunks that hold an answer and have these places (from 0) in the order of the scores: the share that is
+    among the ``count`` best, of as many as can be."""
+    return sum(rank < count for rank in ranks) / min(count, len(ranks))
 
 
 def recall_at(record: Record, count: int) -> float | None:
-    """The share of the chunks with the answer that are among the ``count`` best, of as many as can be."""
-    if not record.truth or record.ranks is None:
-        return None
-    return sum(rank < count for rank in record.ranks) / min(count, len(record.truth))
+    """The same; None for a question whose answer is nowhere, and where no scores chose."""
+    return recall(record.ranks, count) if record.ranks else None
 
 
 def _row(records: Sequence[Record]) -> dict[str, Any]:

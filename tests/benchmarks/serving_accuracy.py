@@ -18,14 +18,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 from common import Tally, Video, circumstances, criterion, make_videos, parser, print_criteria, print_table, write
 from live_server import Job, Reply, ask_all, serving, upload
 from openai import OpenAI
 
 from server.bench.grade import is_right
+from server.bench.summary import TYPES, recall, uniform_at
 
-TYPES = ("code", "exist", "order", "time", "object", "count", "multi")
 RELOADS = (0, 1, 2, 3, 4, 6)
 UNIFORM_RATIOS = (4, 8, 16)  # the bundled model is trained at these; at odd ones it does worse than their tokens allow
 RANKS = (1, 2, 3)
@@ -68,14 +67,14 @@ def grade(asked: Asked, replies: Sequence[Reply]) -> Tally:
 
 
 def recalls(asked: Asked, replies: Sequence[Reply]) -> dict[str, dict[str, float]]:
-    """By type: the mean share of the right chunks among the best 1, 2 and 3 scores."""
+    """By type: the mean share of the right chunks among the best 1, 2 and 3 scores, of as many as fit."""
     found: dict[str, list[list[float]]] = defaultdict(list)
     for (_, question), reply in zip(asked, replies, strict=True):
         if question["chunks"]:
             scores = reply.x2l["scores"]
             ranked = sorted(range(len(scores)), key=lambda index: -scores[index])
-            right = set(question["chunks"])
-            found[question["type"]].append([len(right & set(ranked[:rank])) / len(right) for rank in RANKS])
+            places = [ranked.index(chunk) for chunk in question["chunks"]]
+            found[question["type"]].append([recall(places, rank) for rank in RANKS])
     return {
         kind: {f"recall@{rank}": round(fmean(row[i] for row in rows), 4) for i, rank in enumerate(RANKS)}
         for kind, rows in found.items()
@@ -117,9 +116,14 @@ def matching_ratios(files: Mapping[Path, Any], replies: Sequence[Reply]) -> list
 
 def uniform_code(ways: Mapping[str, Any], kv_tokens: float) -> float:
     """Accuracy on code that uniform compression would have at ``kv_tokens``: linear between the trained ratios."""
-    points = [ways[f"uniform {ratio}"] for ratio in reversed(UNIFORM_RATIOS)]
-    tokens, codes = ([point[name] for point in points] for name in ("kv_tokens_mean", "code"))
-    return float(np.interp(kv_tokens, tokens, codes))
+    points = [ways[f"uniform {ratio}"] for ratio in UNIFORM_RATIOS]
+    rows = {
+        str(ratio): {"family": "uniform", "kv_tokens": way["kv_tokens_mean"]} | way for ratio, way in points.items()
+    }
+    code = uniform_at(rows, kv_tokens, lambda row: float(row["code"]))
+    if code is None:
+        raise SystemExit(f"the default's {kv_tokens} KV tokens lie outside the uniform ratios {UNIFORM_RATIOS}")
+    return code
 
 
 def run(videos: Sequence[Video], concurrency: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from server.bench.datasets.item import Benchmark, Item
-from server.bench.interval import wilson
+from server.bench.interval import share
 
 _SHOWN = 5
 
@@ -107,10 +107,7 @@ def _by_category(scored: Sequence[tuple[Item, bool]], dimension: str) -> dict[st
 
 def _cell(verdicts: Iterable[bool]) -> dict[str, Any]:
     counted = list(verdicts)
-    right, asked = sum(counted), len(counted)
-    low, high = wilson(right, asked)
-    share = round(right / asked, 4) if asked else None
-    return {"right": right, "asked": asked, "share": share, "low": round(low, 4), "high": round(high, 4)}
+    return share(sum(counted), len(counted))
 
 
 def _means(records: Iterable[Mapping[str, Any]], name: str) -> dict[str, float] | None:

@@ -23,12 +23,10 @@ from server.bench.datasets.item import Benchmark, DatasetError, Item
 from server.bench.datasets.records import Records
 from server.bench.datasets.registry import BENCHMARKS
 from server.bench.datasets.report import summarize, table, verdict_lines
+from server.bench.reply import OWN
 from server.cli.client import ServerError, check, connect
 from server.config import SettingsError, load_settings
 from server.spool import Spool
-
-OWN = "x2l"
-"""What this server says that its models are owned by."""
 
 
 def run_dataset(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bench.interval import wilson
+from server.bench.interval import share, wilson
 
 
 def test_values_of_the_literature() -> None:
@@ -22,3 +22,8 @@ def test_holds_the_share_and_mirrors(right: int, wrong: int) -> None:
     if right + wrong:
         assert low - 1e-12 <= right / (right + wrong) <= high + 1e-12
         assert wilson(wrong, right + wrong) == pytest.approx((1 - high, 1 - low))
+
+
+def test_share() -> None:
+    assert share(81, 263) == {"right": 81, "asked": 263, "share": 0.308, "low": 0.2553, "high": 0.3662}
+    assert share(0, 0)["share"] is None

@@ -8,30 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_record import RECORD
 
-from server.bench.records import OtherRun, Record, open_folder
+from server.bench.records import OtherRun, open_folder
 
 CONFIGURATION = {"seed": 0, "videos": {"8": 2}}
-RECORD = Record(
-    method="low",
-    chunks=8,
-    seed=1,
-    index=0,
-    type="code",
-    answer="K7X",
-    reply="K7X",
-    right=True,
-    error=None,
-    truth=(3,),
-    reloaded=(0, 3),
-    ranks=(1,),
-    contained=True,
-    kv_tokens=100,
-    kv_nbytes=1000,
-    reload_nbytes=500,
-    times_ms={"score": 1.5},
-    prefill_s=2.0,
-)
 
 
 def test_records_come_back_and_the_later_of_two_counts(tmp_path: Path) -> None:

@@ -5,36 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from bench_record import RECORD
 
-from server.bench.records import Record
-from server.bench.summary import recall_at, share, summarize, uniform_at
+from server.bench.summary import recall_at, summarize, uniform_at
 from server.bench.targets import check
-
-RECORD = Record(
-    method="low",
-    chunks=8,
-    seed=1,
-    index=0,
-    type="code",
-    answer="K7X",
-    reply="K7X",
-    right=True,
-    error=None,
-    truth=(3,),
-    reloaded=(0, 3),
-    ranks=(1,),
-    contained=True,
-    kv_tokens=100,
-    kv_nbytes=1000,
-    reload_nbytes=500,
-    times_ms={"score": 1.5},
-    prefill_s=2.0,
-)
-
-
-def test_share() -> None:
-    assert share(81, 263) == {"right": 81, "asked": 263, "share": 0.308, "low": 0.2553, "high": 0.3662}
-    assert share(0, 0)["share"] is None
 
 
 @pytest.mark.parametrize(
