@@ -116,7 +116,7 @@ def matching_ratios(files: Mapping[Path, Any], replies: Sequence[Reply]) -> list
 
 def uniform_code(ways: Mapping[str, Any], kv_tokens: float) -> float:
     """Accuracy on code that uniform compression would have at ``kv_tokens``: linear between the trained ratios."""
-    points = [ways[f"uniform {ratio}"] for ratio in UNIFORM_RATIOS]
+    points = {ratio: ways[f"uniform {ratio}"] for ratio in UNIFORM_RATIOS}
     rows = {
         str(ratio): {"family": "uniform", "kv_tokens": way["kv_tokens_mean"]} | way for ratio, way in points.items()
     }
