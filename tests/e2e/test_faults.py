@@ -139,6 +139,28 @@ def test_redis_killed_while_a_question_is_answered(serve: Serve, video: Path, tm
         upload(client, video, fps=2.0)
 
 
+def test_redis_killed_where_host_memory_has_what_was_read(serve: Serve, video: Path, tmp_path: Path) -> None:
+    options = ("--appendonly", "yes", "--appendfsync", "always")
+    with RedisServer(tmp_path, *options) as redis, serve(store=redis.url) as live, client_of(live.url) as client:
+        file_id = upload(client, video)
+        part = {"chunks": [1]}
+        expected, _ = answer(client, file_id, **part)
+        text, small = answer(client, file_id, mode="low")[0], answer(client, file_id, mode="high")[0]
+        other = upload(client, video, fps=2.0)  # its L-KVs were never read
+        redis.kill()
+        reply, x2l = answer(client, file_id, **part)
+        assert reply == expected and not x2l["degraded"]
+        assert answer(client, other)[1]["degraded"]
+        live.backend.engine._pool.discard(live.backend.engine.library.video(file_id, "").key)
+        with pytest.raises(openai.APIStatusError) as refused:
+            answer(client, file_id)
+        assert refused.value.status_code == 503 and refused.value.code == "store_unavailable"
+        redis.start()
+        until(lambda: client.files.retrieve(file_id).status == "processed")
+        assert answer(client, file_id, mode="high")[0] == small
+        assert answer(client, file_id, mode="low")[0] == text
+
+
 def test_a_flipped_byte_is_found_and_healed(serve: Serve, video: Path, tmp_path: Path) -> None:
     with serve(store=f"disk:{tmp_path / 'store'}") as live, client_of(live.url) as client:
         file_id = upload(client, video)
