@@ -20,15 +20,18 @@ from server.models.tiny.model import FOLDER
 _PACKAGES = ("torch", "transformers", "av")
 
 
-def circumstances(*program: str) -> dict[str, Any]:
-    """``program`` is what runs the measurement again, with this process's arguments."""
-    return {
+def circumstances(*program: str, bundled: bool = True) -> dict[str, Any]:
+    """``program`` is what runs the measurement again, with this process's arguments; ``bundled``: on the bundled model.
+
+    The machine is this one, also where a server on another was measured.
+    """
+    model = {"model_sha256": bundled_sha256()} if bundled else {}
+    return model | {
         "command": shlex.join([*program, *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_model(),
         "num_cpus": os.cpu_count(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "model_sha256": bundled_sha256(),
     }
 
 

@@ -91,7 +91,11 @@ def run_quality(
         _ask_all(bench, videos, methods, folder, videos_folder, console)
         records = folder.records
     summary = summarize(records)
-    result = circumstances("x2l") | {"configuration": configuration, "default": default, "lengths": summary}
+    result = circumstances("x2l", bundled=target.base_url is None) | {
+        "configuration": configuration,
+        "default": default,
+        "lengths": summary,
+    }
     result["targets"] = check(summary, default)
     (out / "quality.json").write_text(to_json(result) + "\n", encoding="utf-8")
     print_table(summary, default, console)

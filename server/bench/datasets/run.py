@@ -80,7 +80,7 @@ def run_dataset(
             progress=_progress(console, done=len(done & {item.id for item in items}), total=len(items)),
         )
         summary = summarize(benchmark, items, records.by_id)
-    written = summary | {"run": run} | circumstances("x2l")
+    written = summary | {"run": run} | circumstances("x2l", bundled=base_url is None)
     (out / f"{name}.json").write_text(json.dumps(written, indent=2) + "\n")
     console.print(table(summary))
     for line in [*verdict_lines(summary), f"written to {out / name}.json and .jsonl"]:
