@@ -11,12 +11,14 @@ import pytest
 from clips import Clip, Clips, blank_media
 from until import until
 
+from compression.select import Dial
 from kvstore.base import Store
 from kvstore.disk import DiskStore
 from kvstore.memory import MemoryStore
 from server.engine.errors import FileNotFound, VideoFailed
 
 Drive = Callable[..., Any]
+ROUNDS = 3
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -115,6 +117,30 @@ def test_deleting_at_both_at_once(pair: tuple[Any, Any], two_chunks: Clip) -> No
     with pytest.raises(FileNotFound):
         b.start(gone)
     assert b.engine.library.delete(kept.id, "")
+    assert list(a.store.keys()) == []
+
+
+def test_deleting_at_one_while_the_other_takes_the_same_video(pair: tuple[Any, Any], two_chunks: Clip) -> None:
+    a, b = pair
+    record = a.upload(two_chunks)
+    text = a.ask(record).text
+    for number in range(ROUNDS):
+        taken: list[Any] = []
+        threads = [
+            threading.Thread(target=a.engine.library.delete, args=(record.id, "")),
+            threading.Thread(target=lambda taken=taken: taken.append(b.upload(two_chunks))),
+        ]
+        for thread in threads if number % 2 else reversed(threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert a.engine.library.get(record.id, "") is None
+        (record,) = taken
+        answers = [driver.ask(record, dial=Dial(mode="low")) for driver in pair]
+        assert len({answer.text for answer in answers}) == 1 and not any(a.outcome.degraded for a in answers)
+        assert a.ask(record).text == b.ask(record).text == text
+        assert b"".join(a.engine.library.content(record)) == two_chunks.path.read_bytes()
+    assert b.engine.library.delete(record.id, "")
     assert list(a.store.keys()) == []
 
 
