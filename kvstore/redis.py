@@ -274,7 +274,8 @@ class RedisStore(Store):
                 raise InvalidStoreURL(message) from error
             if isinstance(error, MovedError):
                 raise InvalidStoreURL(f"{action}: {self._name} is a node of a cluster: add ?cluster=true") from error
-            if isinstance(error, redis.OutOfMemoryError):
+            # A script's own error hides that of its command in servers before 7.
+            if isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in str(error):
                 raise StoreFull(f"{action}: {self._name} is out of memory") from error
             raise StoreUnavailable(f"{action}: {self._name}: {error}") from error
 

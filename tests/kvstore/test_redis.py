@@ -187,6 +187,10 @@ def test_a_full_server_is_an_error_and_changes_nothing(server):
         assert store.get_many(full) == [LARGE] * len(full)
         assert len(client.keys("x2l:{*")) == len(full) + 1, "something half written was left"
         RedisStore(server.url).close()  # a full server can be opened
+        client.config_set("maxmemory", "1mb")
+        with pytest.raises(StoreFull):
+            store.acquire_lock("a", "owner", 1.0)
+        client.config_set("maxmemory", "60mb")
         for key in full:
             assert store.delete(key)
         store.put("kept", LARGE)
