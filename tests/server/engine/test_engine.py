@@ -290,18 +290,18 @@ def test_a_question_waits_for_its_video(drive: Drive, long_clip: Clip, two_chunk
 def test_what_can_never_fit_is_refused_at_once(
     drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip
 ) -> None:
-    driver = drive(model=fresh_model(max_position_embeddings=100))
+    driver = drive(model=fresh_model(max_position_embeddings=70))
     record = driver.upload(four_chunks)
     with pytest.raises(ContextLengthExceeded) as refused:
         driver.start(None, "word " * 200)
-    assert refused.value.limit == 100 and refused.value.asked > 200
+    assert refused.value.limit == 70 and refused.value.asked > 200
     with pytest.raises(ContextLengthExceeded):
         driver.start(record, max_tokens=80)
     with pytest.raises(ContextLengthExceeded):
         driver.start(record, dial=Dial(mode="low"), max_tokens=30)
     most = driver.ask(record, dial=Dial(mode="high"), max_tokens=None)
     assert most.finish_reason == "length"
-    assert most.outcome.prompt_tokens + most.outcome.completion_tokens == 100
+    assert most.outcome.prompt_tokens + most.outcome.completion_tokens == 70
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_a_processed_file_tells_what_it_is(drive: Drive, four_chunks: Clip) -> N
     assert (video.width, video.height, video.num_frames, video.num_chunks) == (160, 96, 14, 4)
     assert video.chunks_done == 4 and video.progress == 1 and video.duration_s == pytest.approx(14)
     assert [(c.start_s, c.end_s, c.num_frames) for c in video.chunks] == [(0, 4, 4), (4, 8, 4), (8, 12, 4), (12, 14, 2)]
-    assert video.tokens_visual == 14 * 8 and video.tokens_low == 14 * 4 and 0 < video.tokens_high < video.tokens_low
+    assert video.tokens_visual == 14 * 4 and video.tokens_low == 14 * 2 and 0 < video.tokens_high < video.tokens_low
     assert video.prefill_s > 0 and video.prefill_mode
     rows = library.chunks(record)
     assert [(chunk.index, resident) for chunk, _, _, resident in rows] == [(i, True) for i in range(4)]
@@ -229,8 +229,8 @@ def test_a_video_damaged_further_on_is_an_error(drive: Drive, clips: Clips, tmp_
 def test_a_video_past_the_models_positions_is_an_error(
     drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip
 ) -> None:
-    record = drive(model=fresh_model(max_position_embeddings=60)).upload(four_chunks)
-    assert record.status == "error" and "60 positions" in record.status_details
+    record = drive(model=fresh_model(max_position_embeddings=30)).upload(four_chunks)
+    assert record.status == "error" and "30 positions" in record.status_details
 
 
 def test_an_interrupted_upload_resumes_at_the_first_missing_chunk(
@@ -270,7 +270,7 @@ def test_a_failed_file_stays_failed_over_a_restart(
     drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, tmp_path: Path
 ) -> None:
     store = DiskStore(tmp_path / "store")
-    model = fresh_model(max_position_embeddings=60)
+    model = fresh_model(max_position_embeddings=30)
     before = drive(store, model=model)
     record = before.upload(four_chunks)
     before.engine.close()
@@ -295,7 +295,7 @@ def test_another_model_prefills_its_own(drive: Drive, fresh_model: Callable[...,
 def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
     measure = drive()
     measure.upload(four_chunks)
-    quota = measure.store.nbytes("kv/") + measure.store.nbytes("content/") + 2000
+    quota = measure.store.nbytes("kv/") + measure.store.nbytes("content/") + 4000
     driver = drive(store_quota_bytes=quota)
     old = driver.upload(two_chunks)
     assert driver.ask(old).error is None
@@ -311,7 +311,7 @@ def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Cl
 def test_the_quota_spares_what_is_pinned(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
     measure = drive()
     measure.upload(four_chunks)
-    quota = measure.store.nbytes("kv/") + measure.store.nbytes("content/") + 2000
+    quota = measure.store.nbytes("kv/") + measure.store.nbytes("content/") + 4000
     driver = drive(store_quota_bytes=quota)
     old = driver.upload(two_chunks, pinned=True)
     refused = driver.upload(four_chunks)
