@@ -121,12 +121,13 @@ def _ask_all(
     videos_folder: Path,
     console: Console,
 ) -> None:
-    todo = [video for video in videos if any(unanswered(folder, video, method) for method in methods)]
+    left = {video: sum(bool(unanswered(folder, video, method)) for method in methods) for video in videos}
+    todo = [video for video in videos if left[video]]
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     shown = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *times, console=console)
     with making(todo, videos_folder) as path_of, shown as progress:
         # In chunks, because a long video takes so much longer than a short one.
-        task = progress.add_task("", total=sum(video.chunks for video in todo) * len(methods))
+        task = progress.add_task("", total=sum(video.chunks * left[video] for video in todo))
 
         def tell(video: SyntheticVideo, method: str) -> None:
             done = video.chunks if method else 0

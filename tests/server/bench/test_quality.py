@@ -155,7 +155,8 @@ def test_an_error_is_asked_again_and_nothing_else(
         lost = next(record for record in folder.records if record.method == "high")
         folder.add([replace(lost, error="APIError: lost", right=False)])
     before = records_of(out)
-    result, _ = run(out, videos_folder, *SOME)
+    result, printed = run(out, videos_folder, *SOME)
+    assert "100%" in printed
     assert num_errors(result) == 0
     after = {record.key: record for record in records_of(out)}
     assert after[lost.key].reply == lost.reply and after[lost.key].error is None
