@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from compression.select import Dial
+from server.bench.grade import named_objects
 from server.bench.local import LocalBench, LocalVideo
 from server.bench.methods import METHODS, choose_methods
 from server.bench.plot import PlotUnavailable, draw
@@ -145,6 +146,18 @@ def test_scores_are_the_engines_own(opened: LocalVideo) -> None:
     assert opened.scores([text]) == [opened.ask([(text, Dial())])[0].scores]
     own = opened.score_over(text, opened.high, opened.model.scorer)
     assert own == pytest.approx(opened.scores([text])[0], abs=1e-5)
+
+
+def test_a_union_begins_with_the_chunk_of_the_first_object(opened: LocalVideo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opened, "default_reload", 1)
+    order = next(one for one in choose_videos(SEED, {CHUNKS: 1})[0].questions if one.type == "order")
+    (union,) = choose_methods(["union"])
+    names = named_objects(order.text)
+    for one, two in (names, names[::-1]):
+        (scores,) = opened.scores([f"When does the {one} first appear?"])
+        (reply,) = union.answer(opened, [replace(order, text=f"Which came first, the {one} or the {two}?")])
+        assert reply.reloaded == (scores.index(max(scores)),)
+        assert reply.scores == () and reply.times_ms["score"] > 0
 
 
 def test_an_error_is_asked_again_and_nothing_else(
