@@ -131,13 +131,16 @@ class Prefills:
 
     def _finish(self, video: Video, job: Job, result: Prefilled | str | None) -> None:
         with self._lock:
-            if self._jobs.pop(job, None) is None:
+            if job.ending:
                 return
+            job.ending = True
         try:
             self._on_end(video, job, result)
         finally:
             if job.path is not None:
                 job.path.unlink(missing_ok=True)
+            with self._lock:  # not before: until now there was something to wait for
+                del self._jobs[job]
             job.ended.set()
 
     def _keep(self) -> None:

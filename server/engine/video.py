@@ -30,6 +30,7 @@ class Job:
     verify: bool = False
     running: bool = False
     stopped: bool = False
+    ending: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of its lease on the video."""
