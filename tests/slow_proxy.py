@@ -15,6 +15,7 @@ class SlowProxy:
         self.behind_port = behind_port
         self.delay_s = delay_s
         self.port = 0
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -22,18 +23,31 @@ class SlowProxy:
         except OSError:
             writer.close()
             return
+        self._writers |= {writer, behind_writer}
         await asyncio.gather(
             self._pump(reader, behind_writer, late=True), self._pump(behind_reader, writer, late=False)
         )
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, late: bool) -> None:
-        with suppress(OSError):
-            while data := await reader.read(1 << 20):
-                if late:  # what asks waits, once, however much is answered
-                    await asyncio.sleep(self.delay_s)
-                writer.write(data)
-                await writer.drain()
-        writer.close()
+        try:
+            with suppress(OSError):
+                while data := await reader.read(1 << 20):
+                    if late:  # what asks waits, once, however much is answered
+                        await asyncio.sleep(self.delay_s)
+                    writer.write(data)
+                    await writer.drain()
+        finally:
+            writer.close()
+
+    async def stop(self) -> None:
+        """Ends every connection; returns once their sockets are closed."""
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
 
 
 @contextmanager
@@ -48,10 +62,7 @@ def slow_proxy(behind_port: int, delay_s: float) -> Iterator[SlowProxy]:
 
     async def stop() -> None:
         server.close()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await proxy.stop()
 
     try:
         yield proxy
