@@ -16,10 +16,10 @@ from redis_servers import RedisServer
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """A file system of 4 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
     if mount.returncode:
         pytest.skip(f"cannot mount a small tmpfs: {mount.stderr.strip()}")
     yield folder
@@ -128,7 +128,7 @@ def test_a_full_store(serve: Serve, video: Path, small_disk: Path) -> None:
     with serve(store=f"disk:{small_disk / 'store'}") as live:
         store = live.backend.store
         for index in range(16):
-            store.put(f"fill/{index}", bytes(50_000))
+            store.put(f"fill/{index}", bytes(180_000))
         before = sorted(store.keys())
         begun = begin(live, video.stat().st_size).json()["id"]
         for reply in (upload(live, video.read_bytes()), send(live, begun, video.read_bytes())):
@@ -146,7 +146,7 @@ def test_a_full_disk_for_what_is_on_its_way_in(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
     with serve() as live:
-        reply = upload(live, bytes(3_000_000))
+        reply = upload(live, bytes(6_000_000))
         assert code(reply, 507) == "disk_full" and reply.headers["x-should-retry"] == "false"
         assert list(live.backend.spool.folder.glob("*.part")) == []
         assert upload(live, video.read_bytes()).status_code == 200
