@@ -32,9 +32,8 @@ Drive = Callable[..., Any]
 
 
 def decoders() -> list[psutil.Process]:
-    others = "redis-server"  # of other tests, which all that follow share
-    children = psutil.Process().children()
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and child.name() != others]
+    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in children if any(part.endswith("worker.py") for part in child.cmdline())]
 
 
 def test_a_processed_file_tells_what_it_is(drive: Drive, four_chunks: Clip) -> None:
