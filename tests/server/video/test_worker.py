@@ -60,7 +60,7 @@ def nothing_leaks() -> Iterator[None]:
     before, others = (process.num_fds(), threading.active_count()), process.children(recursive=True)
     yield
     assert [child for child in process.children(recursive=True) if child not in others] == []
-    assert process.num_fds() <= before[0] and threading.active_count() <= before[1]
+    assert (process.num_fds(), threading.active_count()) == before
 
 
 def read_all(clips: Clips, command: list[str], **limits: float) -> int:
