@@ -63,6 +63,7 @@ def open_backend(settings: Settings) -> Backend:
             dtype=settings.dtype,
             low_ratio=settings.low_ratio,
             high_ratio=settings.high_ratio,
+            prefill_mode=settings.prefill_mode,
         )
     except BaseException:
         store.close()

@@ -107,3 +107,14 @@ def test_a_url_that_may_be_shown():
         assert without_password(url) == url
     with pytest.raises(InvalidStoreURL):
         open_store("redis://user:p@ss@/1")
+
+
+def test_the_prefill_mode_reaches_the_model():
+    exact = open_backend(load_settings(store="memory://"))
+    exact.close()
+    backend = open_backend(load_settings(store="memory://", prefill_mode="high-memory"))
+    try:
+        assert (exact.model.prefill_mode, backend.model.prefill_mode) == ("exact", "high-memory")
+        assert backend.model.fingerprint != exact.model.fingerprint
+    finally:
+        backend.close()
