@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from server.bench.circumstances import circumstances, to_json
 from server.bench.local import LocalBench
-from server.bench.methods import PLAIN, Method, choose_methods
+from server.bench.methods import PLAIN, choose_methods
 from server.bench.plot import draw, require_matplotlib
 from server.bench.records import RunFolder, open_folder
-from server.bench.run import Bench, run_all, unanswered
+from server.bench.run import Bench, Job, jobs_left, run_job
 from server.bench.summary import summarize
-from server.bench.synthetic import SyntheticVideo, choose_videos, making
+from server.bench.synthetic import choose_videos, making
 from server.bench.table import print_table, print_targets
 from server.bench.targets import check
 from server.bench.video import ServerUnusable
+from server.bench.workers import Answered, run_jobs
 from server.models.registry import Device, DType, load_model
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Target:
     api_key: str = ""
     device: Device = "auto"
     dtype: DType = "auto"
+    workers: int = 1
+    """Processes that share the videos."""
 
 
 def run_quality(
@@ -70,14 +73,14 @@ def run_quality(
         raise ValueError("no videos: ask for at least one length and one video a length")
     configuration: dict[str, Any] = {"seed": seed, "videos": {str(chunks): count for chunks, count in counts.items()}}
     with ExitStack() as stack:
-        bench: Bench
+        answer: Callable[[Sequence[Job]], Generator[Answered]]
         if target.base_url is not None:
             remote = stack.enter_context(_server(target))
             methods = choose_methods(patterns, local=False, dials=remote.has_dials)
             default = PLAIN.name
             configuration |= {"server": target.base_url, "model": remote.model}
             folder = stack.enter_context(open_folder(out, configuration))
-            bench = remote
+            answer = partial(_one_by_one, remote, videos_folder)
         else:
             methods = choose_methods(patterns)  # before a model is loaded
             load = partial(load_model, target.model or "tiny", device=target.device, dtype=target.dtype)
@@ -87,8 +90,13 @@ def run_quality(
             configuration |= {"model": model.spec.name, "fingerprint": model.fingerprint, "dtype": dtype}
             configuration["scorer"] = repr(model.scorer)  # which the fingerprint leaves out
             folder = stack.enter_context(open_folder(out, configuration))
-            bench = stack.enter_context(LocalBench(load, model, out / "work"))
-        _ask_all(bench, videos, methods, folder, videos_folder, console)
+            if target.workers > 1:
+                answer = partial(run_jobs, load, target.workers, videos_folder, out / "work")
+            else:
+                bench = stack.enter_context(LocalBench(load, model, out / "work"))
+                answer = partial(_one_by_one, bench, videos_folder)
+        jobs = jobs_left(folder, videos, methods)
+        _keep(answer(jobs), jobs, folder, console)
         records = folder.records
     summary = summarize(records)
     result = circumstances("x2l", bundled=target.base_url is None) | {
@@ -113,27 +121,24 @@ def _server(target: Target) -> RemoteBench:
     return RemoteBench(str(target.base_url), api_key=target.api_key, model=target.model)
 
 
-def _ask_all(
-    bench: Bench,
-    videos: Sequence[SyntheticVideo],
-    methods: Sequence[Method],
-    folder: RunFolder,
-    videos_folder: Path,
-    console: Console,
-) -> None:
-    left = {video: sum(bool(unanswered(folder, video, method)) for method in methods) for video in videos}
-    todo = [video for video in videos if left[video]]
+def _one_by_one(bench: Bench, videos_folder: Path, jobs: Sequence[Job]) -> Generator[Answered]:
+    with making([job.video for job in jobs], videos_folder) as path_of:
+        for job in jobs:
+            for name, records in run_job(bench, job, path_of(job.video)):
+                yield job, name, records
+
+
+def _keep(answered: Generator[Answered], jobs: Sequence[Job], folder: RunFolder, console: Console) -> None:
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     shown = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *times, console=console)
-    with making(todo, videos_folder) as path_of, shown as progress:
-        # In chunks, because a long video takes so much longer than a short one.
-        task = progress.add_task("", total=sum(video.chunks * left[video] for video in todo))
-
-        def tell(video: SyntheticVideo, method: str) -> None:
-            done = video.chunks if method else 0
-            progress.update(task, advance=done, description=f"{video.chunks} chunks, seed {video.seed} {method:24}")
-
-        run_all(bench, todo, methods, folder, path_of, tell)
+    with shown as progress, closing(answered):
+        task = progress.add_task(f"{len(jobs)} videos", total=sum(job.size for job in jobs))
+        for job, name, records in answered:
+            folder.add(records)
+            video = job.video
+            progress.update(
+                task, advance=video.chunks, description=f"{video.chunks} chunks, seed {video.seed} {name:24}"
+            )
 
 
 def num_errors(result: Mapping[str, Any]) -> int:

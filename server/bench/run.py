@@ -1,15 +1,16 @@
-"""Puts every method's questions to every video, and keeps what comes of it."""
+"""Puts every method's questions to a video."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from server.bench.grade import is_right
-from server.bench.methods import Method
+from server.bench.methods import METHODS, PLAIN, Method
 from server.bench.records import Record, RunFolder
 from server.bench.reply import Reply
 from server.bench.synthetic import Question, SyntheticVideo
@@ -26,40 +27,46 @@ class Bench(Protocol):
         """Raises VideoRefused, VideoError."""
 
 
-def run_all(
-    bench: Bench,
-    videos: Sequence[SyntheticVideo],
-    methods: Sequence[Method],
-    folder: RunFolder,
-    path_of: Callable[[SyntheticVideo], Path],
-    tell: Callable[[SyntheticVideo, str], None],
-) -> None:
-    """Asks what is not yet answered. ``tell`` is called before a video is opened (with "") and after every method.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is left to ask of one video: the questions' indices by the method's name."""
 
-    An error is the reply of the questions that it befell, and the run goes on.
-    """
+    video: SyntheticVideo
+    left: Mapping[str, tuple[int, ...]]
+
+    @property
+    def size(self) -> int:
+        """In chunks, because a long video takes so much longer than a short one."""
+        return self.video.chunks * len(self.left)
+
+
+def jobs_left(folder: RunFolder, videos: Sequence[SyntheticVideo], methods: Sequence[Method]) -> list[Job]:
+    """What has no reply yet, or an error for one; videos with nothing left are not among them."""
+    jobs = []
     for video in videos:
-        left = [(method, unanswered(folder, video, method)) for method in methods]
-        left = [(method, questions) for method, questions in left if questions]
-        if not left:
-            continue
-        tell(video, "")
-        try:
-            with bench.open(path_of(video)) as opened:
-                for method, questions in left:
-                    folder.add(_ask(opened, video, method, questions))
-                    tell(video, method.name)
-        except (VideoRefused, VideoError) as error:
-            refused = Reply(error=f"{type(error).__name__}: {error}")
-            for method, questions in left:
-                folder.add(_record(video, method, question, refused, None) for question in questions)
-                tell(video, method.name)
+        left = {method.name: _unanswered(folder, video, method.name) for method in methods}
+        if any(left.values()):
+            jobs.append(Job(video, {name: indices for name, indices in left.items() if indices}))
+    return jobs
 
 
-def unanswered(folder: RunFolder, video: SyntheticVideo, method: Method) -> list[Question]:
-    """The questions that have no reply yet, or an error for one."""
-    name = method.name
-    return [one for one in video.questions if not folder.answered((name, video.chunks, video.seed, one.index))]
+def run_job(bench: Bench, job: Job, path: Path) -> Iterator[tuple[str, list[Record]]]:
+    """A method's name and its records, one after the other. An error is the reply of the questions that it befell."""
+    by_name = {method.name: method for method in (*METHODS, PLAIN)}
+    questions = {name: [job.video.questions[index] for index in indices] for name, indices in job.left.items()}
+    try:
+        with bench.open(path) as opened:
+            for name in job.left:
+                yield name, _ask(opened, job.video, by_name[name], questions.pop(name))
+    except (VideoRefused, VideoError) as error:
+        refused = Reply(error=f"{type(error).__name__}: {error}")
+        for name, asked in questions.items():
+            yield name, [_record(job.video, by_name[name], question, refused, None) for question in asked]
+
+
+def _unanswered(folder: RunFolder, video: SyntheticVideo, name: str) -> tuple[int, ...]:
+    indices = range(len(video.exam))
+    return tuple(index for index in indices if not folder.answered((name, video.chunks, video.seed, index)))
 
 
 def _ask(opened: AskedVideo, video: SyntheticVideo, method: Method, questions: Sequence[Question]) -> list[Record]:

@@ -127,6 +127,15 @@ def making(
             pool.join()  # before their folder goes
 
 
+def make_missing(video: SyntheticVideo, folder: Path) -> Path:
+    """The video's path in ``folder``, where it is made now unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not video.is_made(folder):
+        with closing(Spool(folder)) as apart:
+            _make(video, apart.folder, folder)
+    return folder / video.filename
+
+
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that owns the pool
     os.nice(5)  # the measurement beside goes first

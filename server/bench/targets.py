@@ -60,7 +60,7 @@ def _targets(default: str) -> list[Target]:
         return None if uniform is None else code(methods[default]) - uniform
 
     def share_of_low(methods: Methods) -> float:
-        return accuracy(methods) / accuracy(methods, "low")
+        return accuracy(methods) / max(accuracy(methods, "low"), 1e-9)
 
     def tokens(methods: Methods) -> float:
         return float(methods[default]["kv_tokens"] / methods["low"]["kv_tokens"])

@@ -33,7 +33,7 @@ _DATASET_ONLY = (
     "budget_tokens",
     "mode",
 )
-_SYNTHETIC_ONLY = ("quick", "full", "chunks", "videos", "methods", "seed", "videos_dir", "plot")
+_SYNTHETIC_ONLY = ("quick", "full", "chunks", "videos", "methods", "seed", "videos_dir", "workers", "plot")
 
 
 def quality(
@@ -65,6 +65,7 @@ def quality(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")
     ] = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the videos (not with --base-url).")] = 1,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Write quality.png.")] = True,
     dataset: Annotated[
         Literal["vnbench", "mlvu", "videomme", "longvideobench"] | None,
@@ -118,8 +119,12 @@ def quality(
         return
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
+    if base_url is not None and workers > 1:
+        raise typer.BadParameter("--workers is for a model in this process; a server has its own way to share work")
     size = "quick" if quick else "full" if full else "standard"
     lengths = _numbers(chunks)
+    from concurrent.futures.process import BrokenProcessPool
+
     from server.bench.plot import PlotUnavailable
     from server.bench.quality import SIZES, Target, num_errors, run_quality
     from server.bench.video import ServerUnusable
@@ -136,7 +141,7 @@ def quality(
         result = run_quality(
             counts,
             [name.strip() for name in methods.split(",")] if methods else [],
-            Target(model, base_url, api_key, device, dtype),
+            Target(model, base_url, api_key, device, dtype, workers),
             seed=seed,
             out=out or Path(f"x2l-quality-{size}"),
             videos_folder=videos_dir or _cache() / "videos",
@@ -145,6 +150,8 @@ def quality(
         )
     except (ValueError, PlotUnavailable, ServerUnusable) as error:
         fail(str(error))
+    except BrokenProcessPool:
+        fail("a process was killed, perhaps for want of memory; the same command goes on, with fewer --workers")
     if count := num_errors(result):
         fail(
             f"{count} questions got an error instead of an answer and count as wrong; the same command asks them again"

@@ -38,9 +38,12 @@ def load_model(
     if name not in ("tiny", "x2l-tiny"):
         raise UnknownModelError(f"unknown model {name!r}: this version serves 'tiny', the bundled model")
     place = _device(device)
+    precision = _dtype(dtype, place)
+    if precision == torch.float32 and place.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # or convolutions keep 10 bits of 23
     return load_tiny(
         device=place,
-        dtype=_dtype(dtype, place),
+        dtype=precision,
         low_ratio=low_ratio,
         high_ratio=high_ratio,
         prefill_mode=prefill_mode,

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from common import circumstances, make_videos, parser, to_json, write
+from common import Video, circumstances, make_videos, parse_seeds, parser, to_json, write
 from torch import Tensor
 
 from compression.kv import ChunkKV
@@ -47,24 +47,23 @@ def prefill(model: VideoModel, path: Path) -> list[ChunkKV]:
     return [run.append(part, last=index == len(features) - 1)[1] for index, part in enumerate(features)]
 
 
-def samples(model: VideoModel, seeds: Sequence[int], chunks: int) -> list[Sample]:
+def samples(model: VideoModel, videos: Sequence[Video]) -> list[Sample]:
     spec = model.spec
     single = [AttentionScorer(((layer, head),)) for layer in range(spec.num_layers) for head in range(spec.num_heads)]
     model.scorer = AttentionScorer()  # so that queries of all layers are traced
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for video in make_videos(Path(folder), seeds, chunks):
-            high = prefill(model, video.path)
-            for question in video.questions:
-                if not question["chunks"]:
-                    continue
-                ids = torch.tensor(model.tokenize([Turn("user", question["question"])]))
-                cache = MixedCache(model.prefix(), high, model.rope, room=len(ids))
-                trace = model.trace(ids, cache)
-                scores = torch.stack([one.score(trace, cache, high, model.rope) for one in single])
-                cosine = CosineScorer().score(trace, cache, high, model.rope)
-                heads = scores.view(spec.num_layers, spec.num_heads, -1)
-                found.append(Sample(question["type"], frozenset(question["chunks"]), heads, cosine))
+    for video in videos:
+        high = prefill(model, video.path)
+        for question in video.questions:
+            if not question["chunks"]:
+                continue
+            ids = torch.tensor(model.tokenize([Turn("user", question["question"])]))
+            cache = MixedCache(model.prefix(), high, model.rope, room=len(ids))
+            trace = model.trace(ids, cache)
+            scores = torch.stack([one.score(trace, cache, high, model.rope) for one in single])
+            cosine = CosineScorer().score(trace, cache, high, model.rope)
+            heads = scores.view(spec.num_layers, spec.num_heads, -1)
+            found.append(Sample(question["type"], frozenset(question["chunks"]), heads, cosine))
     return found
 
 
@@ -102,11 +101,15 @@ def choose(found: Sequence[Sample], num_layers: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     options: argparse.ArgumentParser = parser(__doc__, seeds="100-105")
-    options.add_argument("--chunks", type=int, default=16)
+    options.add_argument("--chunks", type=parse_seeds, default=[16, 64], help="of every seed, a video of each [16,64]")
+    options.add_argument("--videos-dir", type=Path, help="keeps the videos, for another run")
     options.add_argument("--layers", type=int, default=4, help="fewer layers make scoring cheaper [4]")
     given = options.parse_args()
-    with torch.inference_mode():
-        found = samples(load_model("tiny", device="cpu", dtype="float32"), given.seeds, given.chunks)
+    model = load_model("tiny", device="cpu", dtype="float32")
+    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+        folder = given.videos_dir or Path(temporary)
+        videos = [video for chunks in given.chunks for video in make_videos(folder, given.seeds, chunks)]
+        found = samples(model, videos)
     every, cosine = recall(found, lambda sample: sample.heads.mean((0, 1))), recall(found, lambda sample: sample.cosine)
     result = {
         **circumstances(given),

@@ -16,7 +16,7 @@ from typing import Any
 
 from server.bench import circumstances as measured
 from server.bench.circumstances import to_json
-from server.models.tiny.make_video import make_video
+from server.bench.synthetic import SyntheticVideo, making
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,15 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def make_videos(folder: Path, seeds: Sequence[int], chunks: int = 16) -> list[Video]:
-    """Fresh mp4 files of ``chunks`` chunks in ``folder``, one a seed."""
-    videos = []
-    for seed in seeds:
-        path = folder / f"seed-{seed}-{chunks}.mp4"
-        videos.append(Video(seed, path, make_video(path, seed, chunks)["questions"]))
-    return videos
+    """mp4 files of ``chunks`` chunks, one a seed; those that are in ``folder`` already are not made again."""
+    wanted = [SyntheticVideo(chunks, seed) for seed in seeds]
+    with making(wanted, folder) as path_of:
+        return [Video(video.seed, path_of(video), video.exam) for video in wanted]
 
 
 def circumstances(given: argparse.Namespace) -> dict[str, Any]:
     """When and on what this ran, and the arguments."""
-    arguments = {name: value for name, value in vars(given).items() if name != "out"}
+    arguments = {name: value for name, value in vars(given).items() if name not in ("out", "videos_dir")}
     return measured.circumstances("python", sys.argv[0]) | {"arguments": arguments}
 
 

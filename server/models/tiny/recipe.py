@@ -17,6 +17,12 @@ CODES_MIX: Mapping[str, float] = {
 }  # fmt: skip
 """Half of the questions about codes: they are what is learnt last."""
 
+HARD_MIX: Mapping[str, float] = {
+    "code": 0.20, "exist": 0.10, "order": 0.13, "count": 0.14, "time": 0.10, "object": 0.13, "multi": 0.13,
+    "rev": 0.02, "atcode": 0.02, "describe": 0.01, "refuse": 0.02,
+}  # fmt: skip
+"""More of what was still wrong after stage 2."""
+
 
 @dataclass(frozen=True, slots=True)
 class Level:
@@ -88,7 +94,11 @@ class Recipe:
 STAGES: Mapping[str, Recipe] = {
     "1-codes": Recipe(steps=3_100, batch=10, hold=1.0, fade=1.0, mix=CODES_MIX),
     "2-long": Recipe(steps=4_600, seed=1_000_002, level=3, num_chunks=64, batch=3, hold=0.8, fade=0.4, p_bilevel=0.2),
-}
+    "3-all": Recipe(
+        steps=5_484, seed=1_000_003, level=3, num_chunks=64, batch=3, muon_lr=2e-3, adam_lr=1e-3, hold=0.1, fade=0.01,
+        p_bilevel=0.2, p_raw_video=0.08, min_ratio=1, mix=HARD_MIX,
+    ),
+}  # fmt: skip
 """What ``python -m server.models.tiny.train`` runs, each stage from the weights of the one before."""
 
 
