@@ -29,7 +29,7 @@ def serve(**options: Any) -> None:
     """
     settings = load_settings(**options)
     from server.app import open_backend  # torch takes seconds to load: after the settings are known to be good
-    from server.cli.serving import Server
+    from server.serving import Server
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(name)s: %(message)s")
     try:

@@ -23,8 +23,8 @@ from live_server import Job, Reply, ask
 from openai import OpenAI
 
 from server.app import Backend, open_backend
-from server.cli.serving import running
 from server.config import Settings
+from server.serving import running
 
 CONCURRENCY = 8
 

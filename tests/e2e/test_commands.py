@@ -117,7 +117,7 @@ def test_a_bad_setting_stops_the_start(arguments: tuple[str, ...], variables: di
 ENDLESS = """
 import sys
 from server.app import open_backend
-from server.cli.serving import Server
+from server.serving import Server
 from server.config import load_settings
 
 settings = load_settings(port=sys.argv[1], store="memory://", drain_s=sys.argv[2], log_level="warning")
