@@ -56,12 +56,15 @@ class AttentionScorer:
         return None if self.heads is None else 1 + max(layer for layer, _ in self.heads)
 
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
-        layers, heads, tokens, head_dim = trace.queries.shape
+        layers, _, tokens, head_dim = trace.queries.shape
         asking = trace.queries[:, :, -trace.num_asking :]
         positions = trace.start + torch.arange(tokens - trace.num_asking, tokens, device=asking.device)
         asking = rope.rotate(asking, *rope.tables(positions, asking.dtype))
-        keys = cache.keys[:layers, :, : cache.num_mixed].repeat_interleave(heads // cache.keys.shape[1], dim=1)
-        logits = (asking @ keys.transpose(-1, -2)).float() / head_dim**0.5
+        keys = cache.keys[:layers, :, : cache.num_mixed]
+        # Query heads that share keys are taken together: keys repeated for each would be gigabytes in a large model.
+        grouped = asking.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        logits = (grouped @ keys.transpose(-1, -2)).unflatten(2, (-1, trace.num_asking)).flatten(1, 2)
+        logits = logits.float() / head_dim**0.5
         mass = _sum_spans(logits.softmax(-1), cache.spans)  # [layers, heads, asking, chunks]
         if self.heads is None:
             return mass.mean((0, 1)).amax(0)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +20,9 @@ from compression.kv import ChunkKV, Level
 from compression.mixed import MixedCache
 from compression.score import QueryTrace, Scorer
 from server.models.base import ModelSpec, PositionLimitError, Row, Turn, VideoModel
+from server.models.compression_config import CompressionConfig
 from server.models.decoder import QKV, Decoder, Window
+from server.models.positions import longest_video
 from server.video.frames import Frames
 
 
@@ -33,35 +34,6 @@ class FrameEncoder(Protocol):
 
     def __call__(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
         """See :meth:`VideoModel.encode`."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompressionConfig:
-    """How visual tokens become VSTs (Video-X2L, section 2).
-
-    ``edge_ratio`` is the ratio of the first and the last chunk at BOTH levels (2 in Video-X2L; None: no edge rule, as
-    in Video-XL). ``carry`` tells whether visual tokens behind a chunk's last VST count towards the next chunk's first.
-    ``prefill_mode`` tells what a chunk's L pass sees of the chunks before it: ``exact`` is their L-KVs, as published;
-    ``high-memory`` their H-KVs, as an answer sees them, which keeps the L pass cheap however long the video is;
-    ``recent-N`` the L-KVs of the last N and the H-KVs of the others. Raises ValueError for another name.
-    """
-
-    low_ratio: int = 2
-    high_ratio: int = 32
-    edge_ratio: int | None = 2
-    carry: Literal["across", "reset"] = "across"
-    prefill_mode: str = "exact"
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"exact|high-memory|recent-[1-9]\d*", self.prefill_mode):
-            raise ValueError(f"prefill_mode must be exact, high-memory or recent-N, not {self.prefill_mode!r}")
-
-    @property
-    def low_memory(self) -> int | None:
-        """How many of the last chunks the L pass sees as L-KVs; None is all."""
-        if self.prefill_mode == "exact":
-            return None
-        return int(self.prefill_mode.removeprefix("recent-")) if self.prefill_mode != "high-memory" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +73,7 @@ class VideoXL(VideoModel):
         self.dtype = decoder.embed_tokens.weight.dtype
         self.end_ids = prompt.end_ids
         self.prefill_mode = compression.prefill_mode
+        self.prefill_modes = self._prefill_modes()
         self.fingerprint = self._fingerprint()
         self._prefix: ChunkKV | None = None
 
@@ -120,8 +93,8 @@ class VideoXL(VideoModel):
             self._prefix = _stack(projected, None, "prefix", 1)
         return self._prefix
 
-    def prefill(self) -> VideoXLPrefill:
-        return VideoXLPrefill(self)
+    def prefill(self, mode: str | None = None) -> VideoXLPrefill:
+        return VideoXLPrefill(self, mode or self.compression.prefill_mode)
 
     def tokenize(self, turns: Sequence[Turn]) -> list[int]:
         messages = [{"role": turn.role, "content": self._plain(turn.text)} for turn in turns]
@@ -164,13 +137,25 @@ class VideoXL(VideoModel):
             raise RuntimeError(f"{self.spec.name} was built without a vision tower")
         return self.encoder
 
+    def _prefill_modes(self) -> tuple[tuple[str, int], ...]:
+        modes: list[tuple[str, int]] = []
+        for mode in dict.fromkeys((self.prefill_mode, "high-memory")):
+            compression = replace(self.compression, prefill_mode=mode)
+            longest = longest_video(self.spec, compression, len(self.prompt.prefix_ids))
+            if not modes or longest > modes[-1][1]:
+                modes.append((mode, longest))
+        return tuple(modes)
+
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(repr((self.spec, self.compression, self.prompt, self.dtype)).encode())
+        # With the modes and their reach, a key stands for one mode: the same video always gets the same.
+        settings = self.spec, self.compression, self.prefill_modes, self.prompt, self.dtype
+        digest = hashlib.sha256(repr(settings).encode())
         for module in (self.decoder, self.encoder):
             if isinstance(module, nn.Module):
+                digest.update(module.extra_repr().encode())
                 for name, tensor in sorted(module.state_dict().items()):
                     digest.update(name.encode())
-                    digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                    digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
@@ -180,8 +165,9 @@ class VideoXLPrefill:
     In other prefill modes than ``exact`` the L pass sees H-KVs of the chunks further back.
     """
 
-    def __init__(self, model: VideoXL) -> None:
+    def __init__(self, model: VideoXL, mode: str) -> None:
         self._model = model
+        self._compression = replace(model.compression, prefill_mode=mode)
         prefix = model.prefix()
         memory = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
         memory.append(prefix)
@@ -193,10 +179,7 @@ class VideoXLPrefill:
     @torch.inference_mode()
     def append(self, features: Tensor, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
-        compression = self._model.compression
-        low_ratio, high_ratio = compression.low_ratio, compression.high_ratio
-        if compression.edge_ratio is not None and (last or self._num_chunks == 0):
-            low_ratio = high_ratio = compression.edge_ratio
+        low_ratio, high_ratio = self._compression.ratios(first=self._num_chunks == 0, last=last)
         self._begin_chunk(low_ratio, high_ratio)
         low = self._compress(self._low, features, low_ratio, "low")
         one = self._high is self._low
@@ -221,7 +204,7 @@ class VideoXLPrefill:
         self._num_chunks += 1
 
     def _remember(self, low: ChunkKV, high: ChunkKV) -> None:
-        memory, most = self._low.memory, self._model.compression.low_memory
+        memory, most = self._low.memory, self._compression.low_memory
         memory.append(low)
         if self._high is self._low:
             return
@@ -240,7 +223,7 @@ class VideoXLPrefill:
         """Where the VSTs stand in the next window; None where every token stays."""
         if ratio == 1:
             return None
-        reset = self._model.compression.carry == "reset"
+        reset = self._compression.carry == "reset"
         is_vst, state.carry = interleave(num_visual_tokens, ratio, state.carry, close=reset)
         return is_vst
 
@@ -274,15 +257,3 @@ def _stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: i
     keys = torch.stack([k[:, choose] for _, k, _ in projected])
     values = torch.stack([v[:, choose] for _, _, v in projected])
     return ChunkKV(keys, values, level, ratio)
-
-
-def read_compression(config: dict[str, Any]) -> CompressionConfig:
-    """The compression part of ``config.json``; what it leaves open is Video-X2L's published setting."""
-    default = CompressionConfig()
-    return CompressionConfig(
-        low_ratio=config.get("low_cmpr_ratio", default.low_ratio),
-        high_ratio=config.get("high_cmpr_ratio", default.high_ratio),
-        edge_ratio=config.get("edge_ratio", default.edge_ratio),
-        carry=config.get("carry", default.carry),
-        prefill_mode=config.get("prefill_mode", default.prefill_mode),
-    )
