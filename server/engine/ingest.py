@@ -176,7 +176,7 @@ class Ingest:
         if self.info is None:
             with self._open(path, sampling, limits) as reader:
                 self.info = reader.info
-        self._mode = choose_mode(self._model, self.info)
+        self._mode = choose_mode(self._model, self.info, sampling)
         plan = plan_chunks(self.info, self._model.spec.frames_per_chunk)
         self._num_chunks = len(plan)
         index, stored = 0, self._find(plan, 0)
@@ -291,7 +291,7 @@ class Ingest:
         return cause
 
 
-def choose_mode(model: VideoModel, info: VideoInfo) -> str:
+def choose_mode(model: VideoModel, info: VideoInfo, sampling: Sampling) -> str:
     """The first of the model's prefill modes in which a video fits into its positions.
 
     Raises VideoTooLarge, which tells what fits, where there is none.
@@ -302,7 +302,7 @@ def choose_mode(model: VideoModel, info: VideoInfo) -> str:
     most = max(most for _, most in model.prefill_modes)
     raise VideoTooLarge(
         f"The video has {info.num_frames} sampled frames; {model.spec.name} has positions for at most {most}, "
-        f"which are {most * info.interval_s:.1f} s at this sampling. Lower fps or set max_frames.",
+        f"which are {most / sampling.fps:.1f} s at {sampling.fps:g} fps. Lower fps or set max_frames.",
         code="video_too_long",
     )
 

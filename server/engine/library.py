@@ -290,7 +290,7 @@ class Library:
 
     def _probe(self, path: Path, sampling: Sampling) -> VideoInfo:
         with VideoReader(path, sampling, self._limits) as reader:
-            choose_mode(self._model, reader.info)
+            choose_mode(self._model, reader.info, sampling)
             return reader.info
 
     def _keep(self, path: Path, record: FileRecord, stored_nbytes: int) -> None:

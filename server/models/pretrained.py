@@ -99,7 +99,8 @@ def load_pretrained(
     modules = load_modules(config, tensors.read(device, dtype))
     encoder = modules.encoder.to(device).eval().requires_grad_(False)  # its buffer; the weights are there
     heads = config.get("scorer_heads")
-    scorer = AttentionScorer(None if heads is None else tuple((layer, head) for layer, head in heads))
+    calibrated = None if heads is None else tuple((layer, head) for layer, head in heads)
+    scorer = AttentionScorer(calibrated, per_token=compression.edge_ratio is not None)
     return VideoXL(spec, modules.decoder, encoder, compression, prompt, tokenizer, scorer)
 
 
