@@ -46,8 +46,8 @@ class AttentionScorer:
     ``heads`` are (layer, head) pairs; None takes all. The last token has read the whole question, so it is where a
     causal model looks for the answer; averaging over all question tokens is much worse. Where a draft of the answer is
     read along, a chunk's score is its best from any of the asking tokens: a question about two things looks for the
-    second one only while it answers. With ``per_token`` a chunk's mass is averaged over its tokens too: under Video-X2L's
-    edge rule the first and the last chunk have many more of them than the others, and would always win.
+    second one only while it answers. With ``per_token`` a chunk's mass is averaged over its tokens too: under
+    Video-X2L's edge rule the first and the last chunk have many more of them than the others, and would always win.
     """
 
     heads: tuple[tuple[int, int], ...] | None = None
