@@ -63,10 +63,15 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Every tensor of the layout, float32."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in _shapes(config):
+    for name, shape in layout(config).items():
         weight = torch.randn(shape, generator=generator) * 0.2
         weights[name] = weight + 1 if "norm" in name and name.endswith("weight") else weight
     return weights
+
+
+def layout(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape."""
+    return dict(_shapes(config))
 
 
 def stray_buffers() -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class VideoModel(ABC):
     device: torch.device
     dtype: torch.dtype
     fingerprint: str
-    """SHA-256 hex over weights, ratios, prefix and dtype: two models with one fingerprint make the same KVs."""
+    """SHA-256 hex over weights, ratios, prefix, prefill modes and dtype: two models with one make the same KVs."""
     prefill_mode: str
     """What a chunk's prefill sees of the chunks before it; ``exact`` is as the method was published."""
     prefill_modes: tuple[tuple[str, int], ...]

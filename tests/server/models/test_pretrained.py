@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY, VISION, Files, random_weights, stray_buffers, write_checkpoint
+from checkpoints import SPECIALS, TINY, VISION, Files, layout, random_weights, stray_buffers, write_checkpoint
 from safetensors.torch import save_file
 from torch import Tensor
 
 from server.models.base import Turn
+from server.models.checkpoint import load_modules
+from server.models.clip import CLIP_L_14_336
 from server.models.registry import DeviceError, UnknownModelError, check_dtype, load_model
 from server.models.tensors import CheckpointError, TensorFolder
 from server.models.videoxl import VideoXL
@@ -66,6 +68,37 @@ def test_what_the_server_learns_of_the_model(plain: VideoXL) -> None:
     assert (plain.compression.edge_ratio, plain.compression.carry) == (2, "across")
     assert plain.end_ids == {150, 151}  # of configurations and tokenizer
     assert plain.dtype == torch.float32
+
+
+def test_the_public_sizes() -> None:
+    config = {name: value for name, value in TINY.items() if name != "vision_config"} | {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4,
+    }  # fmt: skip
+    shapes = layout(config | {"vision_config": CLIP_L_14_336})
+    assert len(shapes) == 903
+    modules = load_modules(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    assert (modules.encoder.tokens_per_frame, modules.decoder.config.head_dim) == (144, 128)
+    assert modules.encoder.tower.embeddings.position_ids.tolist() == [list(range(577))]
+
+
+def test_a_tokenizer_of_vocabulary_and_merges(plain: VideoXL, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, WEIGHTS)
+    (folder / "tokenizer.json").unlink()
+    letters = [*(chr(code) for code in range(33, 127)), "Ġ", "Ċ"]  # as Qwen2 writes a blank and a line feed
+    (folder / "vocab.json").write_text(json.dumps({letter: index for index, letter in enumerate([*letters, "no"])}))
+    (folder / "merges.txt").write_text("#version: 0.2\nn o\n")
+    special = {str(150 + i): {"content": token, "special": True} for i, token in enumerate(SPECIALS)}
+    kind = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "added_tokens_decoder": special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    model = load(folder)
+    text = "\nno one<|im_end|>\n<|im_start|>assistant\n"
+    ids = model.tokenize([Turn("user", "no one")])
+    assert model.tokenizer.decode(ids) == text
+    assert len(ids) == len("\nn one#\n#assistant\n")
+    (folder / "merges.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json, nor vocab\.json and merges\.txt"):
+        load(folder)
 
 
 def test_the_prompt_is_the_published_one(plain: VideoXL) -> None:
