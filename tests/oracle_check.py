@@ -27,7 +27,8 @@ from server.models.base import ModelSpec, Row
 from server.models.checkpoint import load_decoder, load_into
 from server.models.clip import ClipEncoder, checkpoint_name
 from server.models.decoder import DecoderConfig
-from server.models.videoxl import CompressionConfig, PromptConfig, VideoXL
+from server.models.decoder_model import PromptConfig
+from server.models.videoxl import CompressionConfig, VideoXL
 from server.video.frames import Frames
 
 ATOL, RTOL = 3e-4, 1e-3

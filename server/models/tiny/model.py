@@ -16,9 +16,10 @@ from compression.score import AttentionScorer
 from server.models.base import ModelSpec
 from server.models.checkpoint import load_into
 from server.models.decoder import Decoder, DecoderConfig
+from server.models.decoder_model import PromptConfig
 from server.models.tiny.encoder import TimeEmbedding, TinyEncoder
 from server.models.tiny.tokenizer import PREFIX
-from server.models.videoxl import PromptConfig, VideoXL, read_compression
+from server.models.videoxl import VideoXL, read_compression
 
 FOLDER = Path(__file__).parent
 
