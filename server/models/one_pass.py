@@ -1,0 +1,172 @@
+"""Bi-level KVs without training: one pass over a chunk's visual tokens, whose KVs are compressed twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from compression.cache import KVCache
+from compression.compressor import RawChunk, both_levels
+from compression.kv import ChunkKV
+from compression.methods import COMPRESSORS
+from compression.score import Scorer
+from server.models.base import ModelSpec, PositionLimitError
+from server.models.decoder import LanguageModel, Window
+from server.models.decoder_model import DecoderModel, PromptConfig, stack
+from server.models.memory import Recent, num_low_in_memory
+from server.video.frames import Frames
+
+_NUM_QUERIES = 16
+"""Of a chunk's last tokens, for the compressors that look at what these attend to."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnePassConfig:
+    """How a chunk's KVs become its L-KV and its H-KV.
+
+    ``compressor`` is one of :data:`compression.methods.COMPRESSORS`; ``prefill_mode`` tells what a chunk's pass sees of
+    the chunks before it (server.models.memory). Raises ValueError for a name that does not exist.
+    """
+
+    low_ratio: int = 2
+    high_ratio: int = 16
+    compressor: str = "stride"
+    prefill_mode: str = "exact"
+
+    def __post_init__(self) -> None:
+        num_low_in_memory(self.prefill_mode)
+        if self.compressor not in COMPRESSORS:
+            raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}, not {self.compressor!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class VisualTokens:
+    """One chunk's visual tokens: ``features`` [steps * rows * columns, hidden], row-major.
+
+    ``times_s`` [steps] float64 is when each step was on screen, in seconds from the first presented frame.
+    """
+
+    features: Tensor
+    rows: int
+    columns: int
+    times_s: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a chunk's tokens stand: ``positions`` int64 [axes, tokens]; what follows goes on at ``next_position``."""
+
+    positions: Tensor
+    next_position: int
+
+
+class VisionTower(Protocol):
+    """What is particular to a family of models: how frames are seen and where their tokens stand."""
+
+    @property
+    def settings(self) -> object:
+        """All that changes a visual token or its place, besides the weights; ``repr`` tells it."""
+
+    def preprocess(self, frames: Frames) -> Tensor:
+        """See :meth:`server.models.base.VideoModel.preprocess`."""
+
+    def __call__(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
+        """Preprocessed frames of one chunk, on the model's device."""
+
+    def num_tokens(self, num_frames: int, width: int, height: int) -> int:
+        """See :meth:`server.models.base.VideoModel.num_visual_tokens`."""
+
+    def lay_out(self, tokens: VisualTokens, start: int) -> Layout | None:
+        """``start`` is the position of the video's first token; None: contiguous."""
+
+
+class OnePassModel(DecoderModel):
+    """A model of transformers' own classes, or any other whose layers :class:`LanguageModel` can run."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        decoder: LanguageModel,
+        vision: VisionTower,
+        compression: OnePassConfig,
+        prompt: PromptConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        scorer: Scorer,
+    ) -> None:
+        """Takes modules already on their device and in their dtype."""
+        super().__init__(spec, decoder, prompt, tokenizer, scorer, compression.prefill_mode)
+        self.vision = vision
+        self.compression = compression
+        self.fingerprint = self._fingerprint(spec, compression, prompt, self.dtype, self.rope, vision.settings)
+
+    def preprocess(self, frames: Frames) -> Tensor:
+        return self.vision.preprocess(frames)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
+        return self.vision(pixels, times_s)
+
+    def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
+        return self.vision.num_tokens(num_frames, width, height)
+
+    def prefill(self) -> OnePassPrefill:
+        return OnePassPrefill(self)
+
+
+class OnePassPrefill:
+    """A chunk's pass runs over the compressed memory of the chunks before it, and over its own tokens uncompressed."""
+
+    def __init__(self, model: OnePassModel) -> None:
+        self._model = model
+        prefix = model.prefix()
+        self._memory = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
+        self._memory.append(prefix)
+        self._start = self._memory.next_position
+        self._recent = Recent(num_low_in_memory(model.prefill_mode))
+
+    @torch.inference_mode()
+    def append(self, features: VisualTokens, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
+        """See :meth:`server.models.base.Prefill.append`."""
+        config = self._model.compression
+        raw = self._read(features)
+        low, high = both_levels(COMPRESSORS[config.compressor], raw, config.low_ratio, config.high_ratio)
+        self._recent.append_to(self._memory, low.kv, high.kv)
+        return low.kv, high.kv
+
+    @torch.inference_mode()
+    def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
+        """See :meth:`server.models.base.Prefill.restore`."""
+        self._recent.append_to(self._memory, low, high)
+
+    def _read(self, tokens: VisualTokens) -> RawChunk:
+        """The next chunk's own KVs. Raises :class:`PositionLimitError`."""
+        model, memory, size = self._model, self._memory, len(tokens.features)
+        layout = model.vision.lay_out(tokens, self._start)
+        stop = memory.next_position + size if layout is None else layout.next_position
+        if stop > model.spec.max_positions:
+            raise PositionLimitError(
+                f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
+            )
+        positions = None if layout is None else layout.positions
+        _, projected = model.decoder([Window(tokens.features, memory, positions=positions)])
+        kv = stack(projected, None, "low", 1)
+        if layout is not None:
+            kept = layout.positions.to(torch.int32)[:, None, None]
+            kv = replace(kv, positions=kept, next_position=layout.next_position)
+        else:
+            positions = torch.arange(memory.next_position, stop, device=model.device)
+        assert positions is not None
+        return RawChunk(
+            kv=kv,
+            positions=positions,
+            queries=torch.stack([queries[:, -_NUM_QUERIES:] for queries, _, _ in projected]),
+            query_positions=positions[..., -_NUM_QUERIES:],
+            rope=model.rope,
+            tokens_per_frame=tokens.rows * tokens.columns,
+        )
