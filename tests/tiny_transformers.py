@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' own classes, saved as their users find them: weights, configuration, tokenizer."""
+"""Tiny random models of transformers' own classes, saved as users find them: weights, configuration, tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2_5_VLCon
 
 from server.video.frames import Frames
 
-SPECIALS = "<|im_end|> <|im_start|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
+SPECIALS = ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 PATCH = 4
 VISUAL_TOKENS = {"shortest_edge": 12 * (2 * PATCH) ** 2, "longest_edge": 20 * (2 * PATCH) ** 2}
 """12 to 20 for two frames, in pixels."""

@@ -31,7 +31,8 @@ class OnePassConfig:
     """How a chunk's KVs become its L-KV and its H-KV.
 
     ``compressor`` is one of :data:`compression.methods.COMPRESSORS`; ``prefill_mode`` tells what a chunk's pass sees of
-    the chunks before it (server.models.memory). Raises ValueError for a name that does not exist.
+    the chunks before it (server.models.memory). Raises ValueError for a name that does not exist, and for a low ratio
+    above the high one.
     """
 
     low_ratio: int = 2
@@ -43,6 +44,8 @@ class OnePassConfig:
         num_low_in_memory(self.prefill_mode)
         if self.compressor not in COMPRESSORS:
             raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}, not {self.compressor!r}")
+        if not 1 <= self.low_ratio <= self.high_ratio:
+            raise ValueError(f"low_ratio {self.low_ratio} must not exceed high_ratio {self.high_ratio}")
 
 
 @dataclass(frozen=True, slots=True)

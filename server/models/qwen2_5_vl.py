@@ -16,8 +16,8 @@ from compression.score import AttentionScorer
 from server.models.decoder_model import PromptConfig
 from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
 from server.models.patches import Patches
-from server.models.pretrained import describe, end_ids, load_pretrained, load_tokenizer
 from server.models.transformers_decoder import TransformersDecoder, read_rope
+from server.models.transformers_folder import describe, end_ids, load_pretrained, load_tokenizer
 from server.video.frames import Frames
 
 _PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
@@ -84,6 +84,7 @@ class Qwen25VisionTower(nn.Module):
 
 def load(
     folder: Path,
+    name: str,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -99,7 +100,7 @@ def load(
     rope = read_rope(config.get_text_config(), (16, 24, 24), "sectioned")
     decoder = TransformersDecoder(model.model.language_model, model.lm_head, rope)
     spec = describe(
-        folder.name,
+        name,
         model,
         tokens_per_frame=tower.num_tokens(patches.temporal_patch_size, 1280, 720) // patches.temporal_patch_size,
         frames_per_chunk=_FRAMES_PER_CHUNK,

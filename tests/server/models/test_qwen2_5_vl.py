@@ -23,6 +23,7 @@ from server.models.checkpoint import CheckpointError
 from server.models.decoder import Window
 from server.models.one_pass import OnePassConfig, OnePassModel
 from server.models.qwen2_5_vl import load
+from server.models.registry import UnknownModelError, load_model
 from server.video.frames import Frames
 
 CPU = torch.device("cpu")
@@ -31,14 +32,18 @@ PROMPTS = ["What is it?", "Which colour comes first, and why does it matter to a
 NUM_NEW = 64
 
 
+def load_here(folder: Path, text_behind: Literal["video", "frame"] = "video", **compression: Any) -> OnePassModel:
+    config = OnePassConfig(**compression)
+    return load(folder, "tiny-qwen", device=CPU, dtype=torch.float32, compression=config, text_behind=text_behind)
+
+
 @dataclass
 class Reference:
     folder: Path
     model: PreTrainedModel
 
     def load(self, text_behind: Literal["video", "frame"] = "video", **compression: Any) -> OnePassModel:
-        config = OnePassConfig(**{"low_ratio": 1, "high_ratio": 1, **compression})
-        return load(self.folder, device=CPU, dtype=torch.float32, compression=config, text_behind=text_behind)
+        return load_here(self.folder, text_behind, **{"low_ratio": 1, "high_ratio": 1, **compression})
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +245,7 @@ def test_two_frames_make_a_patch_in_time(reference: Reference) -> None:
 
 def test_past_the_position_limit_is_an_error(tmp_path: Path) -> None:
     save_qwen2_5_vl(tmp_path, max_position_embeddings=60)
-    model = load(tmp_path, device=CPU, dtype=torch.float32, compression=OnePassConfig())
+    model = load_here(tmp_path)
     with pytest.raises(PositionLimitError, match="60 positions"):
         prefill(model, noise(12, 64, 64), [8, 4])
 
@@ -255,7 +260,7 @@ def test_what_changes_a_kv_changes_the_fingerprint(reference: Reference) -> None
         reference.load("frame"),
     ]
     assert len({model.fingerprint for model in (same, *others)}) == 5
-    for bad in ({"compressor": "magic"}, {"prefill_mode": "recent-0"}):
+    for bad in ({"compressor": "magic"}, {"prefill_mode": "recent-0"}, {"low_ratio": 17}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             OnePassConfig(**bad)
 
@@ -269,4 +274,17 @@ def test_missing_and_extra_tensors_are_named(reference: Reference, tmp_path: Pat
     weights["something.else"] = weights.pop(lost)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight.*something\.else"):
-        load(tmp_path, device=CPU, dtype=torch.float32, compression=OnePassConfig())
+        load_here(tmp_path)
+
+
+def test_a_folder_is_known_by_its_type(reference: Reference, tmp_path: Path) -> None:
+    model = load_model(str(reference.folder), device="cpu", high_ratio=8, compressor="keydiff", prefill_mode="recent-2")
+    assert isinstance(model, OnePassModel)
+    assert model.compression == OnePassConfig(2, 8, "keydiff", "recent-2")
+    assert (model.spec.name, model.prefill_mode) == ("tiny-qwen", "recent-2")
+    with pytest.raises(ValueError, match="compressor"):
+        load_model("tiny", compressor="pool")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    for name in (str(tmp_path), "no/such/folder"):
+        with pytest.raises(UnknownModelError, match=r"tiny.*qwen2_5_vl"):
+            load_model(name)
