@@ -46,6 +46,17 @@ class ChunkKV:
         positions = None if self.positions is None else self.positions.to(device)
         return replace(self, keys=self.keys.to(device), values=self.values.to(device), positions=positions)
 
+    def followed_by(self, other: ChunkKV) -> ChunkKV:
+        """The tokens of both, and ``next_position`` of ``other``; both bring positions, or neither does."""
+        pairs = ((self.keys, other.keys), (self.values, other.values))
+        keys, values = (torch.cat(pair, dim=2) for pair in pairs)
+        positions = None
+        if self.positions is not None and other.positions is not None:
+            sizes = [max(pair) for pair in zip(self.positions.shape[1:3], other.positions.shape[1:3], strict=True)]
+            both = [part.expand(-1, *sizes, -1) for part in (self.positions, other.positions)]
+            positions = torch.cat(both, dim=-1)
+        return replace(self, keys=keys, values=values, positions=positions, next_position=other.next_position)
+
     def take(self, tokens: slice | Tensor) -> ChunkKV:
         """Some of the tokens: a range, or where a mask [tokens] is True."""
         positions = None if self.positions is None else self.positions[..., tokens]

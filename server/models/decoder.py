@@ -162,13 +162,15 @@ class LayerLike(Protocol):
 class Window:
     """One sequence's new tokens: ``embeddings`` [n, hidden], to be seen behind ``cache``.
 
-    They stand at ``positions`` [axes, n], or behind the cache's last one after the other.
+    They stand at ``positions`` [axes, n], or behind the cache's last one after the other. ``deep`` [layers, n, hidden]
+    is added to what comes out of the first layers (DeepStack, arXiv 2406.04334).
     """
 
     embeddings: Tensor
     cache: KVCache
     is_vst: Tensor | None = None
     positions: Tensor | None = None
+    deep: Tensor | None = None
 
 
 class LanguageModel(nn.Module, ABC):
@@ -210,6 +212,9 @@ class LanguageModel(nn.Module, ABC):
                 seen_keys, seen_values = window.cache.write(index, keys, values)
                 attended.append(_attend(queries, seen_keys, seen_values, mask))
             x = layer.output(x, torch.cat(attended, dim=1))
+            for part, window in zip(torch.split(x, sizes), windows, strict=True):
+                if window.deep is not None and index < len(window.deep):
+                    part += window.deep[index]
         return x, projected
 
 

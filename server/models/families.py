@@ -8,7 +8,7 @@ from typing import Any
 
 from server.models.base import VideoModel
 
-FAMILIES = ("qwen2_5_vl",)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
 """One module of that name each, whose ``load(folder, name, *, device, dtype, compression)`` returns the model."""
 
 

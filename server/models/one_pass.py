@@ -52,21 +52,31 @@ class OnePassConfig:
 class VisualTokens:
     """One chunk's visual tokens: ``features`` [steps * rows * columns, hidden], row-major.
 
-    ``times_s`` [steps] float64 is when each step was on screen, in seconds from the first presented frame.
+    ``times_s`` [steps, 2] float64 is when the first and the last frame of each step were on screen, in seconds from the
+    first presented frame. ``deep`` [layers, steps * rows * columns, hidden] is for the language model's first layers
+    (see :class:`Window`).
     """
 
     features: Tensor
     rows: int
     columns: int
     times_s: NDArray[np.float64]
+    deep: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a chunk's tokens stand: ``positions`` int64 [axes, tokens]; what follows goes on at ``next_position``."""
+    """What the model reads of a chunk, and where it stands.
 
-    positions: Tensor
-    next_position: int
+    Where other tokens stand among the visual ones, ``is_visual`` [tokens] tells which is which and ``others``
+    [n, hidden] are the embeddings of the former, which are never compressed. ``positions`` is int64 [axes, tokens], and
+    what follows goes on at ``next_position``; None: one token behind the other, the others behind the visual ones.
+    """
+
+    positions: Tensor | None = None
+    next_position: int | None = None
+    is_visual: Tensor | None = None
+    others: Tensor | None = None
 
 
 class VisionTower(Protocol):
@@ -85,8 +95,9 @@ class VisionTower(Protocol):
     def num_tokens(self, num_frames: int, width: int, height: int) -> int:
         """See :meth:`server.models.base.VideoModel.num_visual_tokens`."""
 
-    def lay_out(self, tokens: VisualTokens, start: int) -> Layout | None:
-        """``start`` is the position of the video's first token; None: contiguous."""
+    def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
+        """``start`` is the position of the video's first token, ``next_position`` the one behind the chunks before;
+        ``last`` tells that no chunk follows."""
 
 
 class OnePassModel(DecoderModel):
@@ -137,39 +148,56 @@ class OnePassPrefill:
     def append(self, features: VisualTokens, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
         config = self._model.compression
-        raw = self._read(features)
-        low, high = both_levels(COMPRESSORS[config.compressor], raw, config.low_ratio, config.high_ratio)
-        self._recent.append_to(self._memory, low.kv, high.kv)
-        return low.kv, high.kv
+        raw, others = self._read(features, last)
+        kept = both_levels(COMPRESSORS[config.compressor], raw, config.low_ratio, config.high_ratio)
+        low, high = (part.kv if others is None else part.kv.followed_by(others) for part in kept)
+        self._recent.append_to(self._memory, low, high)
+        return low, high
 
     @torch.inference_mode()
     def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         """See :meth:`server.models.base.Prefill.restore`."""
         self._recent.append_to(self._memory, low, high)
 
-    def _read(self, tokens: VisualTokens) -> RawChunk:
-        """The next chunk's own KVs. Raises :class:`PositionLimitError`."""
-        model, memory, size = self._model, self._memory, len(tokens.features)
-        layout = model.vision.lay_out(tokens, self._start)
-        stop = memory.next_position + size if layout is None else layout.next_position
-        if stop > model.spec.max_positions:
+    def _read(self, tokens: VisualTokens, last: bool) -> tuple[RawChunk, ChunkKV | None]:
+        """The next chunk's own KVs, those of its visual tokens and of the others. Raises PositionLimitError."""
+        model, memory = self._model, self._memory
+        layout = model.vision.lay_out(tokens, self._start, memory.next_position, last=last)
+        window, visual = _arrange(tokens, layout, memory)
+        positions, stop = layout.positions, layout.next_position
+        if positions is None:
+            stop = memory.next_position + len(window.embeddings)
+            positions = torch.arange(memory.next_position, stop, device=model.device)
+        if stop is not None and stop > model.spec.max_positions:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
-        positions = None if layout is None else layout.positions
-        _, projected = model.decoder([Window(tokens.features, memory, positions=positions)])
+        _, projected = model.decoder([window])
         kv = stack(projected, None, "low", 1)
-        if layout is not None:
-            kept = layout.positions.to(torch.int32)[:, None, None]
-            kv = replace(kv, positions=kept, next_position=layout.next_position)
-        else:
-            positions = torch.arange(memory.next_position, stop, device=model.device)
-        assert positions is not None
-        return RawChunk(
-            kv=kv,
-            positions=positions,
-            queries=torch.stack([queries[:, -_NUM_QUERIES:] for queries, _, _ in projected]),
-            query_positions=positions[..., -_NUM_QUERIES:],
+        if layout.positions is not None:
+            kv = replace(kv, positions=positions.to(torch.int32)[:, None, None], next_position=stop)
+        asking = visual.nonzero()[-_NUM_QUERIES:, 0]
+        raw = RawChunk(
+            kv=kv.take(visual),
+            positions=positions[..., visual],
+            queries=torch.stack([queries[:, asking] for queries, _, _ in projected]),
+            query_positions=positions[..., asking],
             rope=model.rope,
             tokens_per_frame=tokens.rows * tokens.columns,
         )
+        return raw, kv.take(~visual) if layout.others is not None else None
+
+
+def _arrange(tokens: VisualTokens, layout: Layout, memory: KVCache) -> tuple[Window, Tensor]:
+    """What the model reads of a chunk, and which of it is visual: bool [tokens]."""
+    features, is_visual = tokens.features, layout.is_visual
+    if is_visual is None or layout.others is None:
+        window = Window(features, memory, positions=layout.positions, deep=tokens.deep)
+        return window, torch.ones(len(features), dtype=torch.bool, device=features.device)
+    embeddings = features.new_empty((len(is_visual), features.shape[1]))
+    embeddings[is_visual], embeddings[~is_visual] = features, layout.others.to(features.dtype)
+    deep = None
+    if tokens.deep is not None:
+        deep = features.new_zeros((len(tokens.deep), *embeddings.shape))
+        deep[:, is_visual] = tokens.deep
+    return Window(embeddings, memory, positions=layout.positions, deep=deep), is_visual

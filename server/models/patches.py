@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from server.models.one_pass import Layout, VisualTokens
 from server.video.errors import VideoUnsupported
 from server.video.frames import Frames
 
@@ -40,19 +43,17 @@ class Patches:
         """``vision`` is the configuration of the vision tower; ``mean`` and ``std`` the family's, unless the folder's
         preprocessing says otherwise. Frame sizes are taken only from a configuration made for videos."""
         factor = vision.patch_size * vision.spatial_merge_size
-        own = _read_json(folder / "video_preprocessor_config.json")
-        own = own or _read_json(folder / "processor_config.json").get("video_processor") or {}
+        own, found = _read_video_preprocessing(folder), read_preprocessing(folder)
         size: dict[str, int] = own.get("size") or {}
         least, most = (tokens * factor**2 for tokens in _FRAME_TOKENS)
-        images = _read_json(folder / "preprocessor_config.json")
         return cls(
             vision.patch_size,
             vision.spatial_merge_size,
             vision.temporal_patch_size,
             size.get("shortest_edge", least),
             size.get("longest_edge", most),
-            tuple((own or images).get("image_mean") or mean),
-            tuple((own or images).get("image_std") or std),
+            tuple(found.get("image_mean") or mean),
+            tuple(found.get("image_std") or std),
         )
 
     def size(self, width: int, height: int) -> tuple[int, int]:
@@ -90,6 +91,59 @@ class Patches:
         shape = steps, self.temporal_patch_size, 3, rows // merge, merge, side, columns // merge, merge, side
         patches = normal.reshape(shape).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
         return patches.reshape(steps * rows * columns, -1), (steps, rows, columns)
+
+
+class PatchTower(nn.Module, ABC):
+    """transformers' own vision tower over patches; a :class:`server.models.one_pass.VisionTower`."""
+
+    def __init__(self, visual: Any, patches: Patches) -> None:
+        super().__init__()
+        self.visual = visual
+        self.patches = patches
+
+    @property
+    @abstractmethod
+    def settings(self) -> object:
+        """See :meth:`VisionTower.settings`."""
+
+    @abstractmethod
+    def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
+        """See :meth:`VisionTower.lay_out`."""
+
+    def preprocess(self, frames: Frames) -> Tensor:
+        """See :meth:`VisionTower.preprocess`: uint8."""
+        return self.patches.resize(frames)
+
+    def num_tokens(self, num_frames: int, width: int, height: int) -> int:
+        """See :meth:`VisionTower.num_tokens`."""
+        return self.patches.num_tokens(num_frames, width, height)
+
+    def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
+        """See :meth:`VisionTower.__call__`."""
+        patches, (steps, height, width) = self.patches.flatten(pixels)
+        grid = torch.tensor([[steps, height, width]], device=pixels.device)
+        output = self.visual(patches.to(self.visual.dtype), grid_thw=grid)
+        deep = getattr(output, "deepstack_features", None)
+        merge, depth = self.patches.merge_size, self.patches.temporal_patch_size
+        first = times_s[::depth]
+        last = np.append(times_s[depth - 1 :: depth], times_s[-1])[: len(first)]
+        return VisualTokens(
+            output.pooler_output,
+            height // merge,
+            width // merge,
+            np.stack([first, last], axis=1),
+            torch.stack(deep) if deep else None,
+        )
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """How a folder says that frames are to be preprocessed, or else images; empty if it does not say."""
+    return _read_video_preprocessing(folder) or _read_json(folder / "preprocessor_config.json")
+
+
+def _read_video_preprocessing(folder: Path) -> dict[str, Any]:
+    combined: dict[str, Any] = _read_json(folder / "processor_config.json").get("video_processor") or {}
+    return _read_json(folder / "video_preprocessor_config.json") or combined
 
 
 def _read_json(path: Path) -> dict[str, Any]:
