@@ -32,7 +32,8 @@ class Rope:
         by_channel = positions.float()[..., None]
         if self.sections and positions.ndim > 1:
             by_channel = positions.float()[self._axis_of_channel(positions.device)].movedim(0, -1)
-        angles = by_channel * self.theta ** (-steps / self.rotary_dim)
+        # Written as in transformers: theta ** -x differs in the last bit, which counts at positions in the thousands.
+        angles = by_channel * (1.0 / self.theta ** (steps / self.rotary_dim))
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

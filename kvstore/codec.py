@@ -78,7 +78,7 @@ def decode(data: bytearray | memoryview) -> ChunkKV:
         if keys.shape != values.shape or keys.dtype != values.dtype:
             raise ValueError(f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype}")
         positions, next_position = _positions(data, start, header, keys.shape)
-    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
         raise CorruptBlob(f"not a stored KV: {error!r}") from error
     return ChunkKV(keys, values, cast(Level, level), ratio, positions, next_position)
 

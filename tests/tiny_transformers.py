@@ -98,6 +98,10 @@ def save_llava_onevision(folder: Path) -> PreTrainedModel:
     return _save(LlavaOnevisionForConditionalGeneration, config, folder)
 
 
+SAVE = {"qwen2_5_vl": save_qwen2_5_vl, "qwen3_vl": save_qwen3_vl, "llava_onevision": save_llava_onevision}
+"""Every family, by the type in its ``config.json``."""
+
+
 def noise(num_frames: int, width: int, height: int, *, interval_s: float = 1.0) -> Frames:
     """Frames of coloured noise that differ from each other, the same at every call."""
     shape = num_frames, height // 8 + 1, width // 8 + 1, 3

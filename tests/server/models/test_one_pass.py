@@ -9,17 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_transformers import (
-    NUM_NEW,
-    QUESTIONS,
-    VIDEOS,
-    ask,
-    prefill,
-    prompt,
-    save_llava_onevision,
-    save_qwen2_5_vl,
-    save_qwen3_vl,
-)
+from tiny_transformers import NUM_NEW, QUESTIONS, SAVE, VIDEOS, ask, prefill, prompt
 from transformers import PreTrainedModel
 
 from compression.kv import ChunkKV
@@ -29,7 +19,6 @@ from kvstore import codec
 from server.models.one_pass import OnePassConfig, OnePassModel
 from server.video.frames import Frames
 
-SAVE = {"qwen2_5_vl": save_qwen2_5_vl, "qwen3_vl": save_qwen3_vl, "llava_onevision": save_llava_onevision}
 FRAMES = VIDEOS[0]
 
 
