@@ -217,9 +217,13 @@ class Ingest:
     def _restore(self, stored: _Stored, prefill: Prefill) -> None:
         device = self._model.device
         low, high = stored.low.to(device), stored.high.to(device)
-        num_visual_tokens = stored.chunk.num_frames * self._model.spec.tokens_per_frame
+        num_visual_tokens = self._num_visual_tokens(stored.chunk)
         prefill.restore(num_visual_tokens, low, high)
         self._note(stored.chunk, num_visual_tokens, low, high)
+
+    def _num_visual_tokens(self, chunk: Chunk) -> int:
+        assert self.info is not None
+        return self._model.num_visual_tokens(chunk.num_frames, self.info.width, self.info.height)
 
     def _note(self, chunk: Chunk, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         self._high.append(high)
@@ -235,7 +239,7 @@ class Ingest:
         with self._lock:
             if self._failure is not None:
                 return
-            self._note(chunk, chunk.num_frames * self._model.spec.tokens_per_frame, low, high)
+            self._note(chunk, self._num_visual_tokens(chunk), low, high)
             self._num_pending_writes += 1
             write = self._writers.submit(self._videos.write_chunk, self.key, chunk.index, low, high, decoded.thumbnail)
             self._writes.append(write)
@@ -265,6 +269,7 @@ class Ingest:
             prefix_nbytes=prefix.nbytes,
             prefill_s=prefill_s,
             prefill_mode=self._mode,
+            next_position=self._high[-1].next_position,
         )
         self._check()
         self._videos.commit(self.key, manifest)

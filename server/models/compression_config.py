@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from server.models.memory import num_low_in_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,9 +14,8 @@ class CompressionConfig:
 
     ``edge_ratio`` is the ratio of the first and the last chunk at BOTH levels (2 in Video-X2L; None: no edge rule, as
     in Video-XL). ``carry`` tells whether visual tokens behind a chunk's last VST count towards the next chunk's first.
-    ``prefill_mode`` tells what a chunk's L pass sees of the chunks before it: ``exact`` is their L-KVs, as published;
-    ``high-memory`` their H-KVs, as an answer sees them, which keeps the L pass cheap however long the video is;
-    ``recent-N`` the L-KVs of the last N and the H-KVs of the others. Raises ValueError for another name.
+    ``prefill_mode`` tells what a chunk's L pass sees of the chunks before it (server.models.memory); ``exact`` is as
+    published. Raises ValueError for a name that does not exist.
     """
 
     low_ratio: int = 2
@@ -25,15 +25,12 @@ class CompressionConfig:
     prefill_mode: str = "exact"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"exact|high-memory|recent-[1-9]\d*", self.prefill_mode):
-            raise ValueError(f"prefill_mode must be exact, high-memory or recent-N, not {self.prefill_mode!r}")
+        num_low_in_memory(self.prefill_mode)
 
     @property
     def low_memory(self) -> int | None:
-        """How many of the last chunks the L pass sees as L-KVs; None is all."""
-        if self.prefill_mode == "exact":
-            return None
-        return int(self.prefill_mode.removeprefix("recent-")) if self.prefill_mode != "high-memory" else 0
+        """See :func:`server.models.memory.num_low_in_memory`."""
+        return num_low_in_memory(self.prefill_mode)
 
     def ratios(self, *, first: bool, last: bool) -> tuple[int, int]:
         """The low and the high ratio of a chunk, which may be the video's first or last."""

@@ -12,9 +12,10 @@ from compression.score import AttentionScorer
 from server.models.base import ModelSpec
 from server.models.checkpoint import end_ids, load_modules
 from server.models.compression_config import CompressionConfig, read_compression
+from server.models.decoder_model import PromptConfig
 from server.models.hub import read_json
 from server.models.tensors import CheckpointError, TensorFolder
-from server.models.videoxl import PromptConfig, VideoXL
+from server.models.videoxl import VideoXL
 
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 """What precedes the video. What follows it is tokenised apart."""

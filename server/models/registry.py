@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from server.models.base import VideoModel
+from server.models.families import FAMILIES, family_loader
 from server.models.hub import UnknownModelError as UnknownModelError
 from server.models.hub import find_folder, read_json
 from server.models.tiny.model import load_tiny
@@ -31,12 +32,14 @@ def load_model(
     low_ratio: int | None = None,
     high_ratio: int | None = None,
     prefill_mode: str | None = None,
+    compressor: str | None = None,
 ) -> VideoModel:
     """Loads ``tiny`` (also known as ``x2l-tiny``), the bundled model, or one from a folder or a hub's repository, which
     is served by the repository's name or the folder's.
 
     ``auto`` takes a GPU where there is one, and float32 on a CPU or bfloat16 on a GPU (float16 on one without it).
-    Raises UnknownModelError, DeviceError, CheckpointError, ValueError for a ``prefill_mode`` that does not exist.
+    Raises UnknownModelError, DeviceError, CheckpointError, ValueError for a ``prefill_mode`` or ``compressor`` that
+    does not exist, and for a ``compressor`` where the model summarizes by itself.
     """
     place = _device(device)
     precision = _dtype(dtype, place)
@@ -51,14 +54,26 @@ def load_model(
     }
     try:
         if name in ("tiny", "x2l-tiny"):
+            _refuse(compressor, name)
             return load_tiny(**options)
         folder = find_folder(name)
-        load = _loader(read_json(folder / "config.json"), name)
-        return load(folder, folder.resolve().name if Path(name).expanduser().is_dir() else name, **options)
+        served = folder.resolve().name if Path(name).expanduser().is_dir() else name
+        config = read_json(folder / "config.json")
+        family = family_loader(config)
+        if family is not None:
+            return family(folder, served, **options, compressor=compressor)
+        load = _loader(config, name)
+        _refuse(compressor, name)
+        return load(folder, served, **options)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"model {name!r} in {str(precision).removeprefix('torch.')} does not fit on {place}"
         ) from error
+
+
+def _refuse(compressor: str | None, name: str) -> None:
+    if compressor is not None:
+        raise ValueError(f"{name} makes its own summaries of a video: it takes no compressor")
 
 
 def _loader(config: dict[str, Any], name: str) -> Loader:
@@ -68,9 +83,10 @@ def _loader(config: dict[str, Any], name: str) -> Loader:
         from server.models.pretrained import load_pretrained
 
         return load_pretrained
+    shown = ", ".join(sorted(kinds - {"None"})) or "none at all"
     raise UnknownModelError(
-        f"model {name!r} has the architecture {', '.join(sorted(kinds - {'None'})) or 'none at all'}; supported are "
-        "'tiny', the bundled model, and Video-XL (llava_qwen). Another one is added with a file of its own, a class of "
+        f"model {name!r} has the architecture {shown}; supported are 'tiny', the bundled model, Video-XL (llava_qwen), "
+        f"{', '.join(FAMILIES)}. Another one is added with a file of its own, a class of "
         "server.models.base.VideoModel, and a line in server/models/registry.py"
     )
 
