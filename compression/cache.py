@@ -12,7 +12,7 @@ from compression.rope import Rope
 
 
 class KVCache:
-    """Keys rotated to their place (0, 1, 2, ...) and values, ``[layers, kv_heads, capacity, head_dim]``.
+    """Keys rotated to their positions and values, ``[layers, kv_heads, capacity, head_dim]``.
 
     Not thread-safe; one prefill or one request owns one cache.
     """
@@ -25,10 +25,17 @@ class KVCache:
         self.values = torch.empty_like(self.keys)
         self.length = 0
         """KV tokens held."""
+        self.offset = 0
+        """How far the positions are ahead of the tokens held; other than 0 only where chunks bring their positions."""
 
     @property
     def capacity(self) -> int:
         return int(self.keys.shape[2])
+
+    @property
+    def next_position(self) -> int:
+        """Where the next token stands, unless it brings its own position."""
+        return self.length + self.offset
 
     @property
     def nbytes(self) -> int:
@@ -44,13 +51,16 @@ class KVCache:
             self.values = torch.nn.functional.pad(self.values, grow)
 
     def append(self, kv: ChunkKV) -> None:
-        """Adds a chunk's KV tokens behind the others, its keys rotated to where they now stand."""
+        """Adds a chunk's KV tokens behind the others, its keys rotated to where they stand, or now stand."""
         self.reserve(kv.num_tokens)
-        stop = self.length + kv.num_tokens
-        positions = torch.arange(self.length, stop, device=kv.keys.device)
+        stop, positions = self.length + kv.num_tokens, kv.positions
+        if positions is None:
+            positions = torch.arange(self.next_position, stop + self.offset, device=kv.keys.device)
         self.keys[:, :, self.length : stop] = self.rope.rotate(kv.keys, *self.rope.tables(positions, kv.keys.dtype))
         self.values[:, :, self.length : stop] = kv.values
         self.length = stop
+        if kv.next_position is not None:
+            self.offset = kv.next_position - stop
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts one layer's ``[kv_heads, n, head_dim]`` (keys rotated) behind the cache, in room reserved before.

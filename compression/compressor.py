@@ -19,9 +19,10 @@ class RawChunk:
     """What one forward pass over a chunk's visual tokens leaves behind; ``num_tokens`` is a multiple of
     ``tokens_per_frame``.
 
-    ``kv`` holds all of them at ratio 1, keys before RoPE; ``positions`` [..., tokens] int64 is where they stood in
-    that pass. ``queries`` [layers, heads, window, head_dim], before RoPE at ``query_positions`` [..., window], are
-    those of the chunk's last tokens, or of whatever else shall judge the chunk.
+    ``kv`` holds all of them at ratio 1, keys before RoPE; ``positions`` [..., tokens] int64 is where they stood in that
+    pass, and ``kv.positions`` is set where they are to stay there. ``queries`` [layers, heads, window, head_dim],
+    before RoPE at ``query_positions`` [..., window], are those of the chunk's last tokens, or of whatever else shall
+    judge the chunk.
     """
 
     kv: ChunkKV
@@ -39,13 +40,24 @@ class RawChunk:
         """The same chunk judged by other queries, those of a question for example (shapes as in the class)."""
         return replace(self, queries=queries, query_positions=positions)
 
+    def keep(self, keys: Tensor, values: Tensor, tokens: Tensor) -> Kept:
+        """``keys`` and ``values`` [layers, kv_heads, n, head_dim] for the tokens they are, or stand for (see
+        :class:`Kept`), whose positions they take over."""
+        positions = self.kv.positions
+        if positions is not None:
+            one_for_all = tokens
+            for dim in (0, 1):  # what was expanded is one choice: its positions are kept once
+                one_for_all = one_for_all.narrow(dim, 0, 1) if not tokens.stride(dim) else one_for_all
+            positions = positions[:, 0, 0][:, one_for_all]
+        return Kept(replace(self.kv, keys=keys, values=values, positions=positions), tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What a compressor makes of a chunk, in time order.
 
     ``tokens`` [layers, kv_heads, num_tokens] int64 tells which of the chunk's visual tokens each KV token is, or stands
-    for: a model whose positions are not contiguous looks up its position there.
+    for.
     """
 
     kv: ChunkKV
@@ -56,7 +68,9 @@ def join(raw: Sequence[RawChunk]) -> RawChunk:
     """The chunks of a whole video as one; it is judged by the queries of the last."""
     keys, values = (torch.cat([getattr(chunk.kv, name) for chunk in raw], dim=2) for name in ("keys", "values"))
     positions = torch.cat([chunk.positions for chunk in raw], dim=-1)
-    return replace(raw[-1], kv=replace(raw[-1].kv, keys=keys, values=values), positions=positions)
+    stay = [chunk.kv.positions for chunk in raw if chunk.kv.positions is not None]
+    kv = replace(raw[-1].kv, keys=keys, values=values, positions=torch.cat(stay, dim=-1) if stay else None)
+    return replace(raw[-1], kv=kv, positions=positions)
 
 
 class Compressor(Protocol):
@@ -80,8 +94,7 @@ class Pruner(ABC):
             return Kept(raw.kv, tokens.expand(layers, heads, total))
         tokens = self.choose(raw, num_tokens).sort(-1).values.expand(layers, heads, num_tokens)
         index = tokens[..., None].expand(-1, -1, -1, head_dim)
-        kept = replace(raw.kv, keys=raw.kv.keys.gather(2, index), values=raw.kv.values.gather(2, index))
-        return Kept(kept, tokens)
+        return raw.keep(raw.kv.keys.gather(2, index), raw.kv.values.gather(2, index), tokens)
 
     @abstractmethod
     def choose(self, raw: RawChunk, num_tokens: int) -> Tensor:

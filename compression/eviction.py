@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from compression.compressor import Compressor, RawChunk
@@ -36,8 +36,3 @@ class Spread:
             spent += share
             kept.append(self.compressor.compress(chunk, share).kv)
         return kept
-
-
-def part(kv: ChunkKV, start: int, stop: int) -> ChunkKV:
-    """Tokens ``start`` to ``stop`` of a chunk."""
-    return replace(kv, keys=kv.keys[:, :, start:stop], values=kv.values[:, :, start:stop])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +29,6 @@ class FrameSubsampling:
         for chunk, size in zip(raw, sizes, strict=True):
             frame = torch.arange(chunk.num_tokens, device=chunk.kv.keys.device) // chunk.tokens_per_frame + first
             stays = torch.isin(frame, torch.tensor(sorted(chosen), dtype=frame.dtype, device=frame.device))
-            kept.append(replace(chunk.kv, keys=chunk.kv.keys[:, :, stays], values=chunk.kv.values[:, :, stays]))
+            kept.append(chunk.kv.take(stays))
             first += size
         return kept

@@ -12,7 +12,8 @@ from compression.rope import Rope
 class MixedCache(KVCache):
     """The KV cache of one request (Video-X2L, section 3).
 
-    The chunks stand in temporal order at contiguous positions, so their keys are rotated once, here, at assembly.
+    The chunks stand in temporal order, at contiguous positions unless they bring their own; their keys are rotated
+    once, here, at assembly.
     """
 
     def __init__(self, prefix: ChunkKV, chunks: Sequence[ChunkKV], rope: Rope, *, room: int) -> None:

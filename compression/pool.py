@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ class Pool:
         layers, heads, total, _ = raw.kv.keys.shape
         device = raw.kv.keys.device
         borders = torch.arange(num_tokens + 1, device=device) * total // max(num_tokens, 1)
-        kept = replace(raw.kv, keys=_means(raw.kv.keys, borders), values=_means(raw.kv.values, borders))
         middles = (borders[:-1] + borders[1:]) // 2
-        return Kept(kept, middles.expand(layers, heads, num_tokens))
+        tokens = middles.expand(layers, heads, num_tokens)
+        return raw.keep(_means(raw.kv.keys, borders), _means(raw.kv.values, borders), tokens)
 
 
 def _means(x: Tensor, borders: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compression.compressor import RawChunk
-from compression.eviction import part
 from compression.frame_subsampling import FrameSubsampling
 from compression.kv import ChunkKV
 
@@ -22,7 +21,7 @@ class RawRetrieval:
 
     def keep(self, raw: Sequence[RawChunk], num_tokens: int, scores: Sequence[float]) -> list[ChunkKV]:
         """See :meth:`compression.eviction.Eviction.keep`; leaves less than a frame of the budget."""
-        kept = [part(chunk.kv, 0, 0) for chunk in raw]
+        kept = [chunk.kv.take(slice(0)) for chunk in raw]
         for index in sorted(range(len(raw)), key=lambda index: (-scores[index], index)):
             (kept[index],) = FrameSubsampling().keep(raw[index : index + 1], num_tokens, ())
             num_tokens -= kept[index].num_tokens

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compression.compressor import RawChunk
-from compression.eviction import part
 from compression.kv import ChunkKV
 
 
@@ -19,6 +18,6 @@ class RecencyWindow:
         kept = []
         for chunk in reversed(raw):
             stays = min(num_tokens, chunk.num_tokens)
-            kept.append(part(chunk.kv, chunk.num_tokens - stays, chunk.num_tokens))
+            kept.append(chunk.kv.take(slice(chunk.num_tokens - stays, None)))
             num_tokens -= stays
         return kept[::-1]

@@ -19,7 +19,7 @@ Precision = Literal["exact", "int8"]
 
 _DTYPE_OF_NAME = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAME_OF_DTYPE = {dtype: name for name, dtype in _DTYPE_OF_NAME.items()}
-_STORED = _DTYPE_OF_NAME | {"I8": torch.int8}
+_STORED = _DTYPE_OF_NAME | {"I8": torch.int8, "I32": torch.int32}
 _NAME_OF_STORED = {dtype: name for name, dtype in _STORED.items()}
 _LENGTH = struct.Struct("<Q")
 
@@ -28,8 +28,9 @@ def encode(kv: ChunkKV, precision: Precision = "exact") -> bytearray:
     """``kv`` as one safetensors file: tensors ``keys`` and ``values`` [layers, kv_heads, tokens, head_dim].
 
     ``level`` and ``ratio`` stand in its metadata. With int8, ``keys.scales`` and ``values.scales`` stand beside them,
-    and the dtype to come back to in the metadata. Raises ValueError for a dtype other than float32, float16, bfloat16,
-    and with int8 for numbers that are not finite.
+    and the dtype to come back to in the metadata; with positions, int32 ``positions`` [axes, layers or 1, kv_heads or
+    1, tokens], and ``next_position`` in the metadata. Raises ValueError for a dtype other than float32, float16,
+    bfloat16, and with int8 for numbers that are not finite.
     """
     metadata = {"level": kv.level, "ratio": str(kv.ratio)}
     tensors: dict[str, Tensor] = {}
@@ -42,16 +43,19 @@ def encode(kv: ChunkKV, precision: Precision = "exact") -> bytearray:
             tensors[name] = tensor.detach()
     if precision == "int8":
         metadata["dtype"] = _NAME_OF_DTYPE[kv.keys.dtype]
-        tensors = {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name].itemsize)}
-    return _pack(metadata, tensors)
+    if kv.positions is not None:
+        metadata["next_position"] = str(kv.next_position)
+        tensors["positions"] = kv.positions
+    return _pack(metadata, {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name].itemsize)})
 
 
 def stored_nbytes(kv: ChunkKV, precision: Precision = "exact") -> int:
-    """Bytes of keys and values as ``encode`` writes them, scales included."""
+    """Bytes of keys, values and positions as ``encode`` writes them, scales included."""
     if precision == "exact":
         return kv.nbytes
     layers, heads, _, head_dim = kv.keys.shape
-    return 2 * (kv.keys.numel() + layers * heads * head_dim * torch.float32.itemsize)
+    integers = 2 * (kv.keys.numel() + layers * heads * head_dim * torch.float32.itemsize)
+    return kv.nbytes - kv.keys.nbytes - kv.values.nbytes + integers
 
 
 def decode(data: bytearray | memoryview) -> ChunkKV:
@@ -73,9 +77,10 @@ def decode(data: bytearray | memoryview) -> ChunkKV:
         keys, values = _numbers(data, start, header, "keys"), _numbers(data, start, header, "values")
         if keys.shape != values.shape or keys.dtype != values.dtype:
             raise ValueError(f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype}")
-    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+        positions, next_position = _positions(data, start, header, keys.shape)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
         raise CorruptBlob(f"not a stored KV: {error!r}") from error
-    return ChunkKV(keys=keys, values=values, level=cast(Level, level), ratio=ratio)
+    return ChunkKV(keys, values, cast(Level, level), ratio, positions, next_position)
 
 
 def _pack(metadata: dict[str, str], tensors: dict[str, Tensor]) -> bytearray:
@@ -112,6 +117,21 @@ def _numbers(data: bytearray | memoryview, start: int, header: Any, name: str) -
     if scales.dtype != torch.float32 or scales.shape != (*tensor.shape[:2], tensor.shape[3]):
         raise ValueError(f"scales {list(scales.shape)} {scales.dtype} for {list(tensor.shape)}")
     return dequantize(tensor, scales, _DTYPE_OF_NAME[header["__metadata__"]["dtype"]])
+
+
+def _positions(
+    data: bytearray | memoryview, start: int, header: Any, shape: torch.Size
+) -> tuple[Tensor | None, int | None]:
+    """The positions, and the one behind them, of keys of ``shape``; None where they are contiguous."""
+    if "positions" not in header:
+        return None, None
+    positions = _tensor(data, start, header["positions"], 4)
+    layers, heads, tokens, _ = shape
+    _, for_layers, for_heads, for_tokens = positions.shape
+    fits = for_layers in (1, layers) and for_heads in (1, heads) and for_tokens == tokens
+    if positions.dtype != torch.int32 or not fits:
+        raise ValueError(f"positions {list(positions.shape)} {positions.dtype} for {list(shape)}")
+    return positions, int(header["__metadata__"]["next_position"])
 
 
 def _tensor(data: bytearray | memoryview, start: int, entry: Any, num_dims: int) -> Tensor:

@@ -29,7 +29,8 @@ class Manifest:
 
     ``width`` and ``height`` are pixels of the upright video, ``num_frames`` the sampled frames, ``prefill_s`` the time
     that prefill took and ``prefill_mode`` how it ran. ``records`` are in time order: ``records[i].chunk.index == i``.
-    The format version stands in the fingerprint.
+    The format version stands in the fingerprint. ``next_position`` is where text behind the video goes on, for models
+    whose positions are not contiguous.
     """
 
     fingerprint: Fingerprint
@@ -42,6 +43,7 @@ class Manifest:
     prefix_nbytes: int
     prefill_s: float
     prefill_mode: str
+    next_position: int | None = None
 
     def to_json(self) -> bytes:
         return _ADAPTER.dump_json(self)

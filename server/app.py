@@ -64,6 +64,7 @@ def open_backend(settings: Settings) -> Backend:
             low_ratio=settings.low_ratio,
             high_ratio=settings.high_ratio,
             prefill_mode=settings.prefill_mode,
+            compressor=settings.compressor,
         )
     except BaseException:
         store.close()

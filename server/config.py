@@ -39,6 +39,11 @@ class Settings(BaseSettings):
         pattern=r"^(exact|high-memory|recent-[1-9]\d*)$",
         description="What prefill sees of earlier chunks: exact, high-memory or recent-N.",
     )
+    compressor: str | None = Field(
+        None,
+        description="How KVs are made fewer where the model does not do it: stride, pool, snap, value-norm, keydiff or "
+        "infinipot.",
+    )
     reload: int | None = Field(None, ge=0, description="Chunks re-loaded by default instead of the model's number.")
 
     store: str = Field(

@@ -75,6 +75,8 @@ class Question:
         self._stops = StopStrings(request.params.stop)
         self._chunks: tuple[Chunk, ...] = ()
         self._sizes = CacheSizes(0, (), ())
+        self._next_position: int | None = None
+        """Behind the video, where that does not follow from its size in tokens."""
         self._scores: tuple[float, ...] = ()
         self._degraded = False
         self._reload_nbytes = 0
@@ -97,6 +99,7 @@ class Question:
         low, high = [record.num_low_tokens for record in records], [record.num_high_tokens for record in records]
         self._chunks = tuple(record.chunk for record in records)
         self._sizes = CacheSizes(manifest.num_prefix_tokens, low, high)
+        self._next_position = manifest.next_position
         likely = self._select([0.0] * len(records))
         exact = self.request.dial.chunks is not None or self.request.dial.mode == "low"
         self._room(self._sizes.mixed(likely if exact else Selection(())))
@@ -190,7 +193,8 @@ class Question:
 
     def _room(self, num_mixed: int) -> int:
         """Tokens that the answer may have behind a mixed cache of ``num_mixed``. Raises ContextLengthExceeded."""
-        limit, used = self._model.spec.max_positions, num_mixed + len(self._prompt_ids)
+        start = num_mixed if self._next_position is None else self._next_position
+        limit, used = self._model.spec.max_positions, start + len(self._prompt_ids)
         if used + self._least_tokens > limit:
             raise ContextLengthExceeded(limit, used + self._least_tokens)
         return min(self._most_tokens, limit - used)
@@ -198,7 +202,14 @@ class Question:
     def _select(self, scores: Sequence[float]) -> Selection:
         own, models = self._options.default_reload, self._model.spec.default_reload
         default = models if own is None else own
-        return select(scores, self.request.dial, self._chunks, self._sizes, default_reload=default)
+        dial = self.request.dial
+        chosen = select(scores, dial, self._chunks, self._sizes, default_reload=default)
+        if dial.reload is None and dial.budget_tokens is None and dial.chunks is None and dial.mode in (None, "auto"):
+            # Nobody asked for these: behind a very long video there may be room for fewer.
+            room = self._model.spec.max_positions - len(self._prompt_ids) - self._least_tokens
+            while self._next_position is None and chosen.chunks and self._sizes.mixed(chosen) > room:
+                chosen = Selection(chosen.chunks[:-1])
+        return chosen
 
     def _assemble(self, prefix: ChunkKV, chunks: Sequence[ChunkKV]) -> None:
         room = len(self._prompt_ids) + self._max_tokens

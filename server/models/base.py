@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -67,10 +67,11 @@ class Row:
 class Prefill(Protocol):
     """The state of one video's prefill. Nothing of it lives on the model, so an aborted one leaves no trace."""
 
-    def append(self, features: Tensor, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
-        """Compresses the next chunk of visual tokens ``[n, hidden]`` twice: its L-KV and its H-KV.
+    def append(self, features: Any, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
+        """Compresses the next chunk's visual tokens twice: its L-KV and its H-KV.
 
-        ``last`` tells that no chunk follows (the edge rule needs to know). Raises :class:`PositionLimitError`.
+        ``features`` are what the same model's ``encode`` made of the chunk. ``last`` tells that no chunk follows (the
+        edge rule needs to know). Raises :class:`PositionLimitError`.
         """
 
     def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
@@ -90,9 +91,12 @@ class VideoModel(ABC):
     device: torch.device
     dtype: torch.dtype
     fingerprint: str
-    """SHA-256 hex over weights, ratios, prefix and dtype: two models with one fingerprint make the same KVs."""
+    """SHA-256 hex over weights, ratios, prefix, prefill modes and dtype: two models with one make the same KVs."""
     prefill_mode: str
     """What a chunk's prefill sees of the chunks before it; ``exact`` is as the method was published."""
+    prefill_modes: tuple[tuple[str, int], ...]
+    """``prefill_mode`` and the cheaper ones behind it, each with the most sampled frames that a video may have in it
+    before it needs more positions than there are."""
     end_ids: frozenset[int]
 
     @abstractmethod
@@ -100,16 +104,21 @@ class VideoModel(ABC):
         """Frames at any size -> uint8 or float CPU tensor [T, 3, h, w] at the model's input size. Thread-safe."""
 
     @abstractmethod
-    def encode(self, pixels: Tensor, times_s: NDArray) -> Tensor:  # type: ignore[type-arg]
-        """Preprocessed frames and their times in seconds -> visual tokens [T * tokens_per_frame, hidden]."""
+    def encode(self, pixels: Tensor, times_s: NDArray) -> Any:  # type: ignore[type-arg]
+        """A chunk's preprocessed frames and their times in seconds -> its visual tokens, as the model's own prefill
+        takes them (a plain model: [T * tokens_per_frame, hidden])."""
+
+    def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
+        """Visual tokens of a chunk of frames of this size in pixels, before compression."""
+        return num_frames * self.spec.tokens_per_frame
 
     @abstractmethod
     def prefix(self) -> ChunkKV:
         """The KV of the fixed text before the video, at ratio 1 (the "sink")."""
 
     @abstractmethod
-    def prefill(self) -> Prefill:
-        """Starts the prefill of one video."""
+    def prefill(self, mode: str | None = None) -> Prefill:
+        """Starts the prefill of one video, in one of ``prefill_modes`` (None: ``prefill_mode``)."""
 
     @abstractmethod
     def tokenize(self, turns: Sequence[Turn]) -> list[int]:

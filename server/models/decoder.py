@@ -1,9 +1,11 @@
-"""Video-XL's language model: a Qwen2 decoder in which VSTs have their own query, key and value projections."""
+"""The pass of a language model over windows and caches, and Video-XL's own: a Qwen2 decoder in which VSTs have their
+own query, key and value projections."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +137,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def project(self, x: Tensor, is_vst: Tensor | None) -> QKV:
+        """See :meth:`LayerLike.project`."""
+        return self.self_attn.project(self.input_layernorm(x), is_vst)
+
     def output(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual stream ``[..., tokens, hidden]`` and attention output ``[..., heads, tokens, head_dim]`` -> next."""
         x = x + self.self_attn.o_proj(attended.transpose(-2, -3).flatten(-2))
@@ -142,32 +148,42 @@ class Layer(nn.Module):
         return out
 
 
+class LayerLike(Protocol):
+    """A pre-norm transformer layer, taken apart where its attention is."""
+
+    def project(self, x: Tensor, is_vst: Tensor | None) -> QKV:
+        """``[tokens, hidden]`` -> queries, keys and values ``[heads, tokens, head_dim]`` before RoPE."""
+
+    def output(self, x: Tensor, attended: Tensor) -> Tensor:
+        """``x`` and the attention output ``[heads, tokens, head_dim]`` -> the next layer's ``x``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One sequence's new tokens: ``embeddings`` [n, hidden], to be seen behind ``cache``."""
+    """One sequence's new tokens: ``embeddings`` [n, hidden], to be seen behind ``cache``.
+
+    They stand at ``positions`` [axes, n], or behind the cache's last one after the other. ``deep`` [layers, n, hidden]
+    is added to what comes out of the first layers (DeepStack, arXiv 2406.04334).
+    """
 
     embeddings: Tensor
     cache: KVCache
     is_vst: Tensor | None = None
+    positions: Tensor | None = None
+    deep: Tensor | None = None
 
 
-class Decoder(nn.Module):
-    """Parameters are named as in the public checkpoint, below its ``model.``."""
+class LanguageModel(nn.Module, ABC):
+    """Token embeddings, layers and a head, and the one pass over them that everything runs through."""
 
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.beacon_embed_tokens = nn.Embedding(1, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    """Of :class:`LayerLike` modules."""
+    rope: Rope
 
+    @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` -> float32 ``[..., vocab]``."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return functional.linear(self.norm(x), head.weight).float()
 
     def forward(self, windows: list[Window], num_layers: int | None = None) -> tuple[Tensor, list[QKV]]:
         """Runs all windows together, each over its own cache, causally.
@@ -179,25 +195,62 @@ class Decoder(nn.Module):
         """
         sizes = [len(window.embeddings) for window in windows]
         x = torch.cat([window.embeddings for window in windows])
-        places = [torch.arange(w.cache.length, w.cache.length + n) for w, n in zip(windows, sizes, strict=True)]
-        cos, sin = self.config.rope.tables(torch.cat(places).to(x.device), x.dtype)
+        cos, sin = self.rope.tables(_places(windows, sizes, x.device), x.dtype)
         masks = [_causal(n, w.cache.length, x.device) for w, n in zip(windows, sizes, strict=True)]
         is_vst = _join_masks(windows, sizes)
         for window, size in zip(windows, sizes, strict=True):
             window.cache.reserve(size)
         projected: list[QKV] = []
-        for index, layer in enumerate(self.layers[:num_layers]):
-            assert isinstance(layer, Layer)
-            q, k, v = layer.self_attn.project(layer.input_layernorm(x), is_vst)
+        for index, module in enumerate(self.layers[:num_layers]):
+            layer = cast(LayerLike, module)
+            q, k, v = layer.project(x, is_vst)
             projected.append((q, k, v))
-            q, k = self.config.rope.rotate(q, cos, sin), self.config.rope.rotate(k, cos, sin)
+            q, k = self.rope.rotate(q, cos, sin), self.rope.rotate(k, cos, sin)
             rows = zip(*(torch.split(part, sizes, 1) for part in (q, k, v)), windows, masks, strict=True)
             attended = []
             for queries, keys, values, window, mask in rows:
                 seen_keys, seen_values = window.cache.write(index, keys, values)
                 attended.append(_attend(queries, seen_keys, seen_values, mask))
             x = layer.output(x, torch.cat(attended, dim=1))
+            for part, window in zip(torch.split(x, sizes), windows, strict=True):
+                if window.deep is not None and index < len(window.deep):
+                    part += window.deep[index]
         return x, projected
+
+
+class Decoder(LanguageModel):
+    """Parameters are named as in the public checkpoint, below its ``model.``."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = config.rope
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.beacon_embed_tokens = nn.Embedding(1, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def extra_repr(self) -> str:
+        """What the KVs depend on besides the weights."""
+        return repr(self.config)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states ``[..., hidden]`` -> float32 ``[..., vocab]``."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return functional.linear(self.norm(x), head.weight).float()
+
+
+def _places(windows: list[Window], sizes: list[int], device: torch.device) -> Tensor:
+    """Every token's position: int64 [tokens], or [axes, tokens] where a window brings its own."""
+    places = []
+    for window, size in zip(windows, sizes, strict=True):
+        start = window.cache.next_position
+        behind = torch.arange(start, start + size, device=device)
+        places.append(behind if window.positions is None else window.positions.to(device))
+    axes = [len(place) for place in places if place.ndim == 2]
+    return torch.cat([place.expand(axes[0], -1) for place in places] if axes else places, dim=-1)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

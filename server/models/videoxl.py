@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,10 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from compression.cache import KVCache
 from compression.interleave import interleave
 from compression.kv import ChunkKV, Level
-from compression.mixed import MixedCache
-from compression.score import QueryTrace, Scorer
-from server.models.base import ModelSpec, PositionLimitError, Row, Turn, VideoModel
-from server.models.decoder import QKV, Decoder, Window
+from compression.score import Scorer
+from server.models.base import ModelSpec, PositionLimitError
+from server.models.compression_config import CompressionConfig
+from server.models.decoder import Decoder, Window
+from server.models.decoder_model import DecoderModel, PromptConfig, stack
+from server.models.memory import Recent
+from server.models.positions import longest_video
 from server.video.frames import Frames
 
 
@@ -35,46 +34,10 @@ class FrameEncoder(Protocol):
         """See :meth:`VideoModel.encode`."""
 
 
-@dataclass(frozen=True, slots=True)
-class CompressionConfig:
-    """How visual tokens become VSTs (Video-X2L, section 2).
-
-    ``edge_ratio`` is the ratio of the first and the last chunk at BOTH levels (2 in Video-X2L; None: no edge rule, as
-    in Video-XL). ``carry`` tells whether visual tokens behind a chunk's last VST count towards the next chunk's first.
-    ``prefill_mode`` tells what a chunk's L pass sees of the chunks before it: ``exact`` is their L-KVs, as published;
-    ``high-memory`` their H-KVs, as an answer sees them, which keeps the L pass cheap however long the video is;
-    ``recent-N`` the L-KVs of the last N and the H-KVs of the others. Raises ValueError for another name.
-    """
-
-    low_ratio: int = 2
-    high_ratio: int = 32
-    edge_ratio: int | None = 2
-    carry: Literal["across", "reset"] = "across"
-    prefill_mode: str = "exact"
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"exact|high-memory|recent-[1-9]\d*", self.prefill_mode):
-            raise ValueError(f"prefill_mode must be exact, high-memory or recent-N, not {self.prefill_mode!r}")
-
-    @property
-    def low_memory(self) -> int | None:
-        """How many of the last chunks the L pass sees as L-KVs; None is all."""
-        if self.prefill_mode == "exact":
-            return None
-        return int(self.prefill_mode.removeprefix("recent-")) if self.prefill_mode != "high-memory" else 0
-
-
-@dataclass(frozen=True, slots=True)
-class PromptConfig:
-    """The fixed text before the video, the template of what follows it, and the tokens that end an answer."""
-
-    prefix_ids: tuple[int, ...]
-    chat_template: str
-    end_ids: frozenset[int]
-
-
-class VideoXL(VideoModel):
+class VideoXL(DecoderModel):
     """One model class for the public 7B checkpoint and for the bundled tiny one; the encoder makes the difference."""
+
+    decoder: Decoder
 
     def __init__(
         self,
@@ -88,21 +51,13 @@ class VideoXL(VideoModel):
     ) -> None:
         """Takes modules already on their device and in their dtype. Without ``encoder`` it takes visual tokens only,
         without ``tokenizer`` token ids only."""
-        self.spec = spec
-        self.decoder = decoder.eval().requires_grad_(False)
+        super().__init__(spec, decoder, prompt, tokenizer, scorer, compression.prefill_mode)
         self.encoder = encoder
         self.compression = compression
-        self.prompt = prompt
-        if tokenizer is not None:
-            self.tokenizer = tokenizer
-        self.scorer = scorer
-        self.rope = decoder.config.rope
-        self.device = decoder.embed_tokens.weight.device
-        self.dtype = decoder.embed_tokens.weight.dtype
-        self.end_ids = prompt.end_ids
-        self.prefill_mode = compression.prefill_mode
-        self.fingerprint = self._fingerprint()
-        self._prefix: ChunkKV | None = None
+        self.prefill_modes = self._prefill_modes()
+        modules = [module.extra_repr() for module in (decoder, encoder) if isinstance(module, nn.Module)]
+        # With the modes and their reach, a key stands for one mode: the same video always gets the same.
+        self.fingerprint = self._fingerprint(spec, compression, self.prefill_modes, prompt, self.dtype, modules)
 
     def preprocess(self, frames: Frames) -> Tensor:
         return self._encoder().preprocess(frames)
@@ -111,67 +66,22 @@ class VideoXL(VideoModel):
     def encode(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
         return self._encoder()(pixels, times_s)
 
-    @torch.inference_mode()
-    def prefix(self) -> ChunkKV:
-        if self._prefix is None:
-            ids = torch.tensor(self.prompt.prefix_ids, device=self.device)
-            empty = KVCache(self.no_tokens(), self.rope, capacity=len(ids))
-            _, projected = self.decoder([Window(self.decoder.embed_tokens(ids), empty)])
-            self._prefix = _stack(projected, None, "prefix", 1)
-        return self._prefix
+    def prefill(self, mode: str | None = None) -> VideoXLPrefill:
+        return VideoXLPrefill(self, mode or self.compression.prefill_mode)
 
-    def prefill(self) -> VideoXLPrefill:
-        return VideoXLPrefill(self)
-
-    def tokenize(self, turns: Sequence[Turn]) -> list[int]:
-        messages = [{"role": turn.role, "content": self._plain(turn.text)} for turn in turns]
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.prompt.chat_template, tokenize=False, add_generation_prompt=True
-        )
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    @torch.inference_mode()
-    def forward(self, rows: Sequence[Row]) -> Tensor:
-        windows = [Window(self.decoder.embed_tokens(row.ids), row.cache) for row in rows]
-        hidden, _ = self.decoder(windows)
-        sizes = [len(row.ids) for row in rows]
-        for row, size in zip(rows, sizes, strict=True):
-            row.cache.advance(size)
-        return self.decoder.logits(hidden[torch.tensor(sizes).cumsum(0) - 1])
-
-    @torch.inference_mode()
-    def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:
-        window = Window(self.decoder.embed_tokens(ids), cache)
-        _, projected = self.decoder([window], self.scorer.num_layers)
-        return QueryTrace(torch.stack([queries for queries, _, _ in projected]), cache.length)
-
-    def no_tokens(self) -> ChunkKV:
-        """A KV of zero tokens: the shape of this model's caches."""
-        spec = self.spec
-        shape = (spec.num_layers, spec.num_kv_heads, 0, spec.head_dim)
-        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return ChunkKV(empty, empty, "prefix", 1)
-
-    def _plain(self, text: str) -> str:
-        """A client's text may name special tokens, but never makes one."""
-        for token in self.tokenizer.added_tokens_decoder.values():
-            text = text.replace(str(token), " ")
-        return text
+    def _prefill_modes(self) -> tuple[tuple[str, int], ...]:
+        modes: list[tuple[str, int]] = []
+        for mode in dict.fromkeys((self.prefill_mode, "high-memory")):
+            compression = replace(self.compression, prefill_mode=mode)
+            longest = longest_video(self.spec, compression, len(self.prompt.prefix_ids))
+            if not modes or longest > modes[-1][1]:
+                modes.append((mode, longest))
+        return tuple(modes)
 
     def _encoder(self) -> FrameEncoder:
         if self.encoder is None:
             raise RuntimeError(f"{self.spec.name} was built without a vision tower")
         return self.encoder
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(repr((self.spec, self.compression, self.prompt, self.dtype)).encode())
-        for module in (self.decoder, self.encoder):
-            if isinstance(module, nn.Module):
-                for name, tensor in sorted(module.state_dict().items()):
-                    digest.update(name.encode())
-                    digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
 
 class VideoXLPrefill:
@@ -180,23 +90,20 @@ class VideoXLPrefill:
     In other prefill modes than ``exact`` the L pass sees H-KVs of the chunks further back.
     """
 
-    def __init__(self, model: VideoXL) -> None:
+    def __init__(self, model: VideoXL, mode: str) -> None:
         self._model = model
+        self._compression = replace(model.compression, prefill_mode=mode)
         prefix = model.prefix()
         memory = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
         memory.append(prefix)
         self._low = self._high = _Pass(memory)
-        self._recent: deque[tuple[ChunkKV, ChunkKV]] = deque()
-        """L-KV and H-KV of the last chunks in the L pass's memory that are to be replaced there later."""
+        self._recent = Recent(self._compression.low_memory)
         self._num_chunks = 0
 
     @torch.inference_mode()
     def append(self, features: Tensor, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
-        compression = self._model.compression
-        low_ratio, high_ratio = compression.low_ratio, compression.high_ratio
-        if compression.edge_ratio is not None and (last or self._num_chunks == 0):
-            low_ratio = high_ratio = compression.edge_ratio
+        low_ratio, high_ratio = self._compression.ratios(first=self._num_chunks == 0, last=last)
         self._begin_chunk(low_ratio, high_ratio)
         low = self._compress(self._low, features, low_ratio, "low")
         one = self._high is self._low
@@ -221,26 +128,17 @@ class VideoXLPrefill:
         self._num_chunks += 1
 
     def _remember(self, low: ChunkKV, high: ChunkKV) -> None:
-        memory, most = self._low.memory, self._model.compression.low_memory
-        memory.append(low)
         if self._high is self._low:
+            self._low.memory.append(low)
             return
         self._high.memory.append(high)
-        if most is None:
-            return
-        self._recent.append((low, high))
-        if len(self._recent) > most:
-            # All that stands behind the chunk that changes its level moves.
-            memory.length -= sum(recent.num_tokens for recent, _ in self._recent)
-            memory.append(self._recent.popleft()[1])
-            for recent, _ in self._recent:
-                memory.append(recent)
+        self._recent.append_to(self._low.memory, low, high)
 
     def _place_vsts(self, state: _Pass, num_visual_tokens: int, ratio: int) -> Tensor | None:
         """Where the VSTs stand in the next window; None where every token stays."""
         if ratio == 1:
             return None
-        reset = self._model.compression.carry == "reset"
+        reset = self._compression.carry == "reset"
         is_vst, state.carry = interleave(num_visual_tokens, ratio, state.carry, close=reset)
         return is_vst
 
@@ -257,7 +155,7 @@ class VideoXLPrefill:
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
         _, projected = model.decoder([Window(window, state.memory, is_vst)])
-        return _stack(projected, is_vst, level, ratio)
+        return stack(projected, is_vst, level, ratio)
 
 
 @dataclass(slots=True)
@@ -266,23 +164,3 @@ class _Pass:
 
     memory: KVCache
     carry: int = 0
-
-
-def _stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:
-    """Every layer's keys and values, of the tokens where ``kept`` is True (None: all of them)."""
-    choose = slice(None) if kept is None else kept
-    keys = torch.stack([k[:, choose] for _, k, _ in projected])
-    values = torch.stack([v[:, choose] for _, _, v in projected])
-    return ChunkKV(keys, values, level, ratio)
-
-
-def read_compression(config: dict[str, Any]) -> CompressionConfig:
-    """The compression part of ``config.json``; what it leaves open is Video-X2L's published setting."""
-    default = CompressionConfig()
-    return CompressionConfig(
-        low_ratio=config.get("low_cmpr_ratio", default.low_ratio),
-        high_ratio=config.get("high_cmpr_ratio", default.high_ratio),
-        edge_ratio=config.get("edge_ratio", default.edge_ratio),
-        carry=config.get("carry", default.carry),
-        prefill_mode=config.get("prefill_mode", default.prefill_mode),
-    )

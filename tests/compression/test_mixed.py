@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,3 +77,39 @@ def test_rotation_depends_on_the_distance_alone_and_spares_the_rest() -> None:
     torch.testing.assert_close(dot(7, 3), dot(104, 100), atol=1e-5, rtol=1e-5)
     turned = ROPE.rotate(k, *ROPE.tables(torch.tensor([11]), k.dtype))
     assert torch.equal(turned[..., 4:], k[..., 4:])
+
+
+def test_chunks_that_bring_their_positions_stay_where_they_were() -> None:
+    rope = Rope(rotary_dim=6, theta=1e4, sections=(1, 1, 1))
+    for_all = torch.randint(0, 500, (3, 1, 1, 4), dtype=torch.int32)
+    each_own = torch.randint(0, 500, (3, 2, 3, 5), dtype=torch.int32)
+    chunks = [
+        replace(kv(4, seed=1), positions=for_all, next_position=80),
+        replace(kv(5, seed=2), positions=each_own, next_position=190),
+    ]
+    cache = MixedCache(kv(3, "prefix"), chunks, rope, room=2)
+    assert (cache.num_mixed, cache.next_position) == (12, 190)
+    for (start, stop), chunk in zip(cache.spans, chunks, strict=True):
+        rotated = rope.rotate(chunk.keys, *rope.tables(chunk.positions, torch.float32))
+        assert torch.equal(cache.keys[:, :, start:stop], rotated)
+    cache.append(kv(2, seed=3))
+    text = rope.rotate(kv(2, seed=3).keys, *rope.tables(torch.tensor([190, 191]), torch.float32))
+    assert torch.equal(cache.keys[:, :, 12:], text)
+    assert cache.next_position == 192
+    cache.length = cache.num_mixed  # as after a question was read for its scores
+    assert cache.next_position == cache.copy().next_position == 190
+
+
+def test_some_tokens_of_a_chunk_and_two_chunks_as_one() -> None:
+    one_for_all = torch.randint(0, 500, (3, 1, 1, 4), dtype=torch.int32)
+    each_own = torch.randint(0, 500, (3, 2, 3, 5), dtype=torch.int32)
+    first = replace(kv(4, seed=1), positions=one_for_all, next_position=80)
+    second = replace(kv(5, seed=2), positions=each_own, next_position=190)
+    both = first.followed_by(second)
+    assert (both.num_tokens, both.next_position, both.positions.shape) == (9, 190, (3, 2, 3, 9))
+    for part, tokens in ((first, slice(0, 4)), (second, slice(4, None))):
+        again = both.take(tokens)
+        assert torch.equal(again.keys, part.keys) and torch.equal(again.values, part.values)
+        assert torch.equal(again.positions, part.positions.expand(3, 2, 3, -1))
+    plain = kv(4).followed_by(kv(2, seed=5))
+    assert plain.positions is None and plain.num_tokens == 6

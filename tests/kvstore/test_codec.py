@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -34,6 +35,39 @@ def test_every_bit_pattern_survives(make, dtype):
     tensor = bits.view(dtype).view(4, 2, -1, 8)
     kv = ChunkKV(tensor, tensor.flip(2), "low", 2)
     assert make.same(codec.decode(codec.encode(kv)), kv)
+
+
+POSITIONS = {
+    "for all": (3, 1, 1, 5),
+    "of each layer": (3, 2, 1, 5),
+    "of each head": (3, 2, 3, 5),
+    "one axis": (1, 1, 1, 5),
+}
+
+
+def placed(make, shape, dtype=torch.bfloat16):
+    positions = torch.randint(0, 2**31 - 1, shape, dtype=torch.int32)
+    return replace(make.kv(tokens=shape[3], dtype=dtype), positions=positions, next_position=77)
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("shape", [*POSITIONS.values(), (3, 1, 1, 0)], ids=[*POSITIONS, "of none"])
+def test_positions_survive(make, shape, precision):
+    kv = placed(make, shape)
+    data = codec.encode(kv, precision)
+    decoded = codec.decode(data)
+    assert decoded.positions.dtype == torch.int32 and torch.equal(decoded.positions, kv.positions)
+    assert decoded.next_position == 77
+    assert precision == "int8" or make.same(decoded, kv)
+    assert 0 < len(data) - codec.stored_nbytes(kv, precision) < 1000
+    assert sorted(safetensors.torch.load(bytes(data)))[-2 if precision == "exact" else -3] == "positions"
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 4), (3, 3, 1, 5), (3, 1, 2, 5)])
+def test_positions_of_other_tokens_are_refused(make, shape):
+    kv = replace(placed(make, shape), **{name: getattr(make.kv(tokens=5), name) for name in ("keys", "values")})
+    with pytest.raises(CorruptBlob, match="positions"):
+        codec.decode(codec.encode(kv))
 
 
 def test_views_are_stored_as_what_they_show(make):
@@ -85,7 +119,7 @@ json_values = st.recursive(
 @given(data=st.data())
 def test_a_wrong_header(make, precision, data):
     """Any field replaced by any value: CorruptBlob, or a KV that lies within the data."""
-    encoded = codec.encode(make.kv(), precision)
+    encoded = codec.encode(placed(make, data.draw(st.sampled_from(list(POSITIONS.values())))), precision)
     length = int.from_bytes(encoded[:8], "little")
     header = json.loads(encoded[8 : 8 + length])
     part = header[data.draw(st.sampled_from(sorted(header)))]
@@ -97,6 +131,8 @@ def test_a_wrong_header(make, precision, data):
         return
     assert kv.keys.shape == kv.values.shape
     kv.keys.sum() + kv.values.sum()
+    if kv.positions is not None:
+        kv.positions.expand(-1, *kv.keys.shape[:3]).sum()
 
 
 @given(st.data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,6 +180,14 @@ def test_manifest_json(make):
     assert Manifest.from_json(manifest.to_json()) == manifest
     empty = replace(manifest, records=(), fingerprint=replace(manifest.fingerprint, max_frames=7))
     assert Manifest.from_json(bytearray(empty.to_json())) == empty
+    placed = replace(manifest, next_position=190)
+    assert Manifest.from_json(placed.to_json()) == placed
+
+
+def test_a_manifest_from_before_videos_had_positions(make):
+    content = json.loads(make.manifest(2).to_json())
+    del content["next_position"]
+    assert Manifest.from_json(json.dumps(content).encode()) == make.manifest(2)
 
 
 @pytest.mark.parametrize("data", [b"", b"null", b"[]", b"{}", b'{"records": 3}', b"\xff", b"[" * 100_000])

@@ -1,0 +1,119 @@
+"""What all models have in common that run a decoder over caches: prompts, questions and answers."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from compression.cache import KVCache
+from compression.kv import ChunkKV, Level
+from compression.mixed import MixedCache
+from compression.score import QueryTrace, Scorer
+from server.models.base import ModelSpec, Row, Turn, VideoModel
+from server.models.decoder import QKV, LanguageModel, Window
+
+
+@dataclass(frozen=True, slots=True)
+class PromptConfig:
+    """The fixed text before the video, the template of what follows it, and the tokens that end an answer."""
+
+    prefix_ids: tuple[int, ...]
+    chat_template: str
+    end_ids: frozenset[int]
+
+
+class DecoderModel(VideoModel):
+    """All of a VideoModel but its frames and its prefill."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        decoder: LanguageModel,
+        prompt: PromptConfig,
+        tokenizer: PreTrainedTokenizerFast | None,
+        scorer: Scorer,
+        prefill_mode: str,
+    ) -> None:
+        """Takes a module already on its device and in its dtype. Without ``tokenizer`` it takes token ids only."""
+        self.spec = spec
+        self.decoder = decoder.eval().requires_grad_(False)
+        self.prompt = prompt
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
+        self.scorer = scorer
+        self.rope = decoder.rope
+        self.device = decoder.embed_tokens.weight.device
+        self.dtype = decoder.embed_tokens.weight.dtype
+        self.end_ids = prompt.end_ids
+        self.prefill_mode = prefill_mode
+        self.prefill_modes = ((prefill_mode, sys.maxsize),)
+        self._prefix: ChunkKV | None = None
+
+    @torch.inference_mode()
+    def prefix(self) -> ChunkKV:
+        if self._prefix is None:
+            ids = torch.tensor(self.prompt.prefix_ids, device=self.device)
+            empty = KVCache(self.no_tokens(), self.rope, capacity=len(ids))
+            _, projected = self.decoder([Window(self.decoder.embed_tokens(ids), empty)])
+            self._prefix = stack(projected, None, "prefix", 1)
+        return self._prefix
+
+    def tokenize(self, turns: Sequence[Turn]) -> list[int]:
+        messages = [{"role": turn.role, "content": self._plain(turn.text)} for turn in turns]
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.prompt.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        windows = [Window(self.decoder.embed_tokens(row.ids), row.cache) for row in rows]
+        hidden, _ = self.decoder(windows)
+        sizes = [len(row.ids) for row in rows]
+        for row, size in zip(rows, sizes, strict=True):
+            row.cache.advance(size)
+        return self.decoder.logits(hidden[torch.tensor(sizes).cumsum(0) - 1])
+
+    @torch.inference_mode()
+    def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:
+        window = Window(self.decoder.embed_tokens(ids), cache)
+        _, projected = self.decoder([window], self.scorer.num_layers)
+        return QueryTrace(torch.stack([queries for queries, _, _ in projected]), cache.next_position)
+
+    def no_tokens(self) -> ChunkKV:
+        """A KV of zero tokens: the shape of this model's caches."""
+        spec = self.spec
+        shape = (spec.num_layers, spec.num_kv_heads, 0, spec.head_dim)
+        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return ChunkKV(empty, empty, "prefix", 1)
+
+    def _plain(self, text: str) -> str:
+        """A client's text may name special tokens, but never makes one."""
+        for token in self.tokenizer.added_tokens_decoder.values():
+            text = text.replace(str(token), " ")
+        return text
+
+    def _fingerprint(self, *settings: object) -> str:
+        """SHA-256 hex over ``settings``, which must tell all that changes a KV but the weights, and the weights."""
+        digest = hashlib.sha256(repr(settings).encode())
+        for module in vars(self).values():  # a model keeps what it runs as attributes
+            if isinstance(module, nn.Module):
+                for name, tensor in sorted(module.state_dict().items()):
+                    digest.update(name.encode())
+                    digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:
+    """Every layer's keys and values, of the tokens where ``kept`` is True (None: all of them)."""
+    choose = slice(None) if kept is None else kept
+    keys = torch.stack([k[:, choose] for _, k, _ in projected])
+    values = torch.stack([v[:, choose] for _, _, v in projected])
+    return ChunkKV(keys, values, level, ratio)

@@ -1,0 +1,151 @@
+"""Frames as the flat patches that the vision towers of the Qwen-VL families take."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from server.models.one_pass import Layout, VisualTokens
+from server.video.errors import VideoUnsupported
+from server.video.frames import Frames
+
+_FRAME_TOKENS = 128, 134
+"""Least and most visual tokens of two frames. The most is what Qwen's own preprocessing leaves a long video (1.05 times
+the least), whatever this one's length: a frame's size must not depend on how many follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """``patch_size`` pixels square and ``temporal_patch_size`` frames deep; ``merge_size`` squared of them are one
+    visual token. Frames are resized, keeping their aspect ratio, to between ``min_pixels`` and ``max_pixels``.
+    """
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def read(cls, folder: Path, vision: Any, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Self:
+        """``vision`` is the configuration of the vision tower; ``mean`` and ``std`` the family's, unless the folder's
+        preprocessing says otherwise. Frame sizes are taken only from a configuration made for videos."""
+        factor = vision.patch_size * vision.spatial_merge_size
+        own, found = _read_video_preprocessing(folder), read_preprocessing(folder)
+        size: dict[str, int] = own.get("size") or {}
+        least, most = (tokens * factor**2 for tokens in _FRAME_TOKENS)
+        return cls(
+            vision.patch_size,
+            vision.spatial_merge_size,
+            vision.temporal_patch_size,
+            size.get("shortest_edge", least),
+            size.get("longest_edge", most),
+            tuple(found.get("image_mean") or mean),
+            tuple(found.get("image_std") or std),
+        )
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of visual tokens for frames of this size in pixels. Raises VideoUnsupported."""
+        factor = self.patch_size * self.merge_size
+        try:
+            rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        except ValueError as error:
+            raise VideoUnsupported(f"The model cannot see {width} x {height} pixels: {error}.") from error
+        return rows // factor, columns // factor
+
+    def num_tokens(self, num_frames: int, width: int, height: int) -> int:
+        """Visual tokens of so many frames; the last one stands in for those that a patch is short of."""
+        rows, columns = self.size(width, height)
+        return -(-num_frames // self.temporal_patch_size) * rows * columns
+
+    def resize(self, frames: Frames) -> Tensor:
+        """uint8 [T, H, W, 3] -> uint8 [T, 3, h, w], with PIL's bicubic filter. Raises VideoUnsupported."""
+        factor = self.patch_size * self.merge_size
+        _, height, width, _ = frames.pixels.shape
+        rows, columns = self.size(width, height)
+        target = columns * factor, rows * factor
+        resized = [Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC) for frame in frames.pixels]
+        return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2).contiguous()
+
+    def flatten(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """uint8 [T, 3, h, w] -> float32 [patches, 3 * temporal_patch_size * patch_size**2], normalized, the patches of
+        a visual token next to each other; and their number in time, height and width."""
+        mean, std = (torch.tensor(each, device=pixels.device)[:, None, None] for each in (self.mean, self.std))
+        missing = -len(pixels) % self.temporal_patch_size
+        pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
+        normal = (pixels.float() / 255 - mean) / std
+        side, merge = self.patch_size, self.merge_size
+        steps, rows, columns = len(pixels) // self.temporal_patch_size, pixels.shape[2] // side, pixels.shape[3] // side
+        shape = steps, self.temporal_patch_size, 3, rows // merge, merge, side, columns // merge, merge, side
+        patches = normal.reshape(shape).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        return patches.reshape(steps * rows * columns, -1), (steps, rows, columns)
+
+
+class PatchTower(nn.Module, ABC):
+    """transformers' own vision tower over patches; a :class:`server.models.one_pass.VisionTower`."""
+
+    def __init__(self, visual: Any, patches: Patches) -> None:
+        super().__init__()
+        self.visual = visual
+        self.patches = patches
+
+    @property
+    @abstractmethod
+    def settings(self) -> object:
+        """See :meth:`VisionTower.settings`."""
+
+    @abstractmethod
+    def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
+        """See :meth:`VisionTower.lay_out`."""
+
+    def preprocess(self, frames: Frames) -> Tensor:
+        """See :meth:`VisionTower.preprocess`: uint8."""
+        return self.patches.resize(frames)
+
+    def num_tokens(self, num_frames: int, width: int, height: int) -> int:
+        """See :meth:`VisionTower.num_tokens`."""
+        return self.patches.num_tokens(num_frames, width, height)
+
+    def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
+        """See :meth:`VisionTower.__call__`."""
+        patches, (steps, height, width) = self.patches.flatten(pixels)
+        grid = torch.tensor([[steps, height, width]], device=pixels.device)
+        output = self.visual(patches.to(self.visual.dtype), grid_thw=grid)
+        deep = getattr(output, "deepstack_features", None)
+        merge, depth = self.patches.merge_size, self.patches.temporal_patch_size
+        first = times_s[::depth]
+        last = np.append(times_s[depth - 1 :: depth], times_s[-1])[: len(first)]
+        return VisualTokens(
+            output.pooler_output,
+            height // merge,
+            width // merge,
+            np.stack([first, last], axis=1),
+            torch.stack(deep) if deep else None,
+        )
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """How a folder says that frames are to be preprocessed, or else images; empty if it does not say."""
+    return _read_video_preprocessing(folder) or _read_json(folder / "preprocessor_config.json")
+
+
+def _read_video_preprocessing(folder: Path) -> dict[str, Any]:
+    combined: dict[str, Any] = _read_json(folder / "processor_config.json").get("video_processor") or {}
+    return _read_json(folder / "video_preprocessor_config.json") or combined
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return content

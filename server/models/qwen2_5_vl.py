@@ -1,0 +1,76 @@
+"""Qwen2.5-VL (arXiv 2502.13923): time, row and column of every visual token in its position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from server.models import chatml
+from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
+from server.models.patches import Patches, PatchTower
+from server.models.transformers_decoder import read_rope
+from server.models.transformers_folder import TransformersFolder
+
+_PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+_TEMPLATE = chatml.template("<|vision_end|>")
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen25Settings:
+    """``tokens_per_second`` is how many positions a second takes.
+
+    ``text_behind`` tells where text goes on: behind the whole ``video`` (its largest position + 1), as the model was
+    trained and published; or behind one ``frame``, where transformers 5 has it, amid the positions of a video that is
+    longer than a frame is high and wide.
+    """
+
+    patches: Patches
+    tokens_per_second: float
+    text_behind: Literal["video", "frame"]
+
+
+class Qwen25Tower(PatchTower):
+    """Two frames at a time, and the places of what it sees."""
+
+    def __init__(self, visual: Any, settings: Qwen25Settings) -> None:
+        super().__init__(visual, settings.patches)
+        self._settings = settings
+
+    @property
+    def settings(self) -> Qwen25Settings:
+        return self._settings
+
+    def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
+        """See :meth:`VisionTower.lay_out`."""
+        settings, device = self.settings, tokens.features.device
+        # The model's own rule multiplies the index of a step by a step's length; a hair keeps whole numbers whole.
+        steps = torch.from_numpy(np.floor(tokens.times_s[:, 0] * settings.tokens_per_second + 1e-4)).long()
+        rows, columns = torch.arange(tokens.rows), torch.arange(tokens.columns)
+        positions = torch.stack(torch.meshgrid(steps, rows, columns, indexing="ij")).flatten(1)
+        size = max(tokens.rows, tokens.columns)
+        if settings.text_behind == "video":
+            size = max(size, int(steps[-1]) + 1)
+        return Layout((positions + start).to(device), start + size)
+
+
+def load(
+    folder: Path,
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    compression: OnePassConfig,
+    text_behind: Literal["video", "frame"] = "video",
+) -> OnePassModel:
+    """The model in ``folder``, in transformers' layout. Raises CheckpointError."""
+    content = TransformersFolder.load(folder, device, dtype)
+    vision = content.model.config.vision_config
+    patches = Patches.read(folder, vision, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
+    tower = Qwen25Tower(content.model.model.visual, Qwen25Settings(patches, vision.tokens_per_second, text_behind))
+    rope = read_rope(content.model.config.get_text_config(), (16, 24, 24), "sectioned")
+    return content.assemble(name, tower, rope, compression, prefix=_PREFIX, template=_TEMPLATE)

@@ -1,0 +1,92 @@
+"""Qwen3-VL (arXiv 2511.21631): every pair of frames behind its time as text, and deep features for the first layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+
+from server.models import chatml
+from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
+from server.models.patches import Patches, PatchTower
+from server.models.transformers_decoder import read_rope
+from server.models.transformers_folder import TransformersFolder
+
+_PREFIX = "<|im_start|>user\n"
+_TEMPLATE = chatml.template()
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen3Settings:
+    """The text around every pair of frames."""
+
+    patches: Patches
+    before: str = "<{:.1f} seconds><|vision_start|>"
+    after: str = "<|vision_end|>"
+
+
+class Qwen3Tower(PatchTower):
+    """Two frames at a time, the text around them, and the places of all that."""
+
+    def __init__(
+        self, visual: Any, settings: Qwen3Settings, tokenizer: PreTrainedTokenizerFast, embed_tokens: nn.Embedding
+    ) -> None:
+        super().__init__(visual, settings.patches)
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._embed = embed_tokens.forward  # the method alone: the module is the decoder's
+
+    @property
+    def settings(self) -> Qwen3Settings:
+        return self._settings
+
+    def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
+        """See :meth:`VisionTower.lay_out`: a frame begins where the text before it ends, in time as well."""
+        rows, columns = torch.arange(tokens.rows), torch.arange(tokens.columns)
+        frame = torch.stack(torch.meshgrid(torch.zeros(1).long(), rows, columns, indexing="ij")).flatten(1)
+        after = self._ids(self.settings.after)
+        places: list[Tensor] = []
+        is_visual: list[bool] = []
+        ids: list[int] = []
+        for time_s in tokens.times_s.mean(1):
+            before = self._ids(self.settings.before.format(time_s))
+            seen = next_position + len(before)
+            behind = seen + max(tokens.rows, tokens.columns)
+            places += [_text(next_position, len(before)), frame + seen, _text(behind, len(after))]
+            is_visual += [False] * len(before) + [True] * frame.shape[1] + [False] * len(after)
+            ids += before + after
+            next_position = behind + len(after)
+        device = tokens.features.device
+        return Layout(
+            torch.cat(places, dim=1).to(device),
+            next_position,
+            torch.tensor(is_visual, device=device),
+            self._embed(torch.tensor(ids, device=device)),
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def _text(start: int, size: int) -> Tensor:
+    """The positions [3, size] of text, alike on every axis."""
+    return torch.arange(start, start + size).expand(3, size)
+
+
+def load(
+    folder: Path, name: str, *, device: torch.device, dtype: torch.dtype, compression: OnePassConfig
+) -> OnePassModel:
+    """The model in ``folder``, in transformers' layout. Raises CheckpointError."""
+    content = TransformersFolder.load(folder, device, dtype)
+    inner, config = content.model.model, content.model.config
+    patches = Patches.read(folder, config.vision_config, tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD))
+    embed_tokens = inner.language_model.embed_tokens
+    tower = Qwen3Tower(inner.visual, Qwen3Settings(patches), content.tokenizer, embed_tokens)
+    rope = read_rope(config.get_text_config(), (24, 20, 20), "interleaved")
+    return content.assemble(name, tower, rope, compression, prefix=_PREFIX, template=_TEMPLATE)

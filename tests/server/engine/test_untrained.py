@@ -1,0 +1,90 @@
+"""A model without summary tokens behind the engine: files in, chunks re-loaded, answers out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_transformers import SAVE
+
+from compression.mixed import MixedCache
+from compression.select import Dial
+from kvstore.memory import MemoryStore
+from server.engine.detokenize import Detokenizer
+from server.models.base import Row, Turn
+from server.models.one_pass import OnePassModel
+from server.models.registry import load_model
+from server.video.frames import Frames
+from server.video.reader import Sampling, VideoLimits, VideoReader
+
+QUESTION = "What code is on the red star?"
+
+
+@pytest.fixture(scope="module", params=SAVE)
+def untrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OnePassModel:
+    folder = tmp_path_factory.mktemp(request.param)
+    SAVE[request.param](folder)
+    options = {"high_ratio": 8, "compressor": "keydiff", "prefill_mode": "recent-1"}
+    model = load_model(str(folder), device="cpu", dtype="float32", **options)
+    assert isinstance(model, OnePassModel)
+    model.spec = replace(model.spec, frames_per_chunk=4, default_reload=2)
+    model.end_ids = frozenset()
+    return model
+
+
+def by_hand(model: OnePassModel, path: Path, level: int) -> tuple[str, int]:
+    """The answer over the whole video at one level, without engine, store or chunks of the reader's; KV tokens."""
+    with VideoReader(path, Sampling(1.0), VideoLimits()) as reader:
+        batches = list(reader)
+    frames = Frames(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in ("pixels", "times_s")))
+    run, chunks = model.prefill(), []
+    for start in range(0, len(frames), 4):
+        part = Frames(frames.pixels[start : start + 4], frames.times_s[start : start + 4])
+        tokens = model.encode(model.preprocess(part), part.times_s)
+        chunks.append(run.append(tokens, last=start + 4 >= len(frames))[level])
+    cache = MixedCache(model.prefix(), chunks, model.rope, room=200)
+    ids, detokenizer, text = torch.tensor(model.tokenize([Turn("user", QUESTION)])), Detokenizer(model.tokenizer), ""
+    for _ in range(12):
+        ids = model.forward([Row(ids, cache)])[0].argmax(-1, keepdim=True)
+        text += detokenizer.push(int(ids))
+    return text + detokenizer.flush(), cache.num_mixed
+
+
+def test_questions_about_a_file(drive, untrained, four_chunks):
+    store = MemoryStore()
+    first = drive(store, model=untrained, prompt_step=16)
+    record = first.upload(four_chunks)
+    assert (record.status, record.status_details) == ("processed", None)
+    per_chunk = [untrained.num_visual_tokens(size, 160, 96) for size in (4, 4, 4, 2)]
+    assert record.video.tokens_visual == sum(per_chunk)
+    low, high = ([-(-count // ratio) for count in per_chunk] for ratio in (2, 8))
+    more = [have - visual for have, visual in zip(record.video.low_tokens, low, strict=True)]
+    assert [have - visual for have, visual in zip(record.video.high_tokens, high, strict=True)] == more
+    assert min(more) >= 0, "what is kept whole is the same at both levels"
+    answers = {}
+    for mode, level in (("low", 0), ("high", 1)):
+        answer = answers[mode] = first.ask(record, QUESTION, dial=Dial(mode=mode))
+        assert (answer.text, answer.outcome.mixed_tokens) == by_hand(untrained, four_chunks.path, level)
+        assert not answer.outcome.degraded
+    mixed = first.ask(record, QUESTION)
+    assert len(mixed.outcome.evidence) == 2 and len(mixed.outcome.scores) == 4
+    assert answers["high"].outcome.mixed_tokens < mixed.outcome.mixed_tokens < answers["low"].outcome.mixed_tokens
+
+    again = drive(store, model=untrained)
+    assert again.ask(record, QUESTION).text == mixed.text
+    assert again.num_prefilled == 0, "another engine answers from the store"
+
+
+def test_a_prefill_that_was_cut_off_goes_on(drive, untrained, four_chunks):
+    store = MemoryStore()
+    record = (driver := drive(store, model=untrained)).upload(four_chunks)
+    whole = driver.ask(record, QUESTION, dial=Dial(mode="low")).text
+    key = driver.engine.library.video(record.id, record.tenant).key
+    for name in (key.manifest, key.low(2)):
+        store.delete(name)
+    other = drive(store, model=untrained)
+    assert other.ask(record, QUESTION, dial=Dial(mode="low")).text == whole
+    assert 1 <= other.num_prefilled < 4

@@ -1,0 +1,157 @@
+"""Every family of transformers' own classes, tiny and random, through this server's pass, caches and positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_transformers import NUM_NEW, QUESTIONS, SAVE, VIDEOS, ask, prefill, prompt
+from transformers import PreTrainedModel
+
+from compression.kv import ChunkKV
+from compression.methods import COMPRESSORS
+from compression.mixed import MixedCache
+from kvstore import codec
+from server.models.one_pass import OnePassConfig, OnePassModel
+from server.video.frames import Frames
+
+FRAMES = VIDEOS[0]
+
+
+@dataclass
+class Family:
+    name: str
+    folder: Path
+    model: PreTrainedModel
+
+    def load(self, **options: Any) -> OnePassModel:
+        given = {"low_ratio": 1, "high_ratio": 1, **options}
+        # The rule of the installed transformers, which its generate must agree with.
+        follow = {"text_behind": "frame"} if self.name == "qwen2_5_vl" else {}
+        load = import_module(f"server.models.{self.name}").load
+        place = {"device": torch.device("cpu"), "dtype": torch.float32}
+        model: OnePassModel = load(self.folder, "tiny", **place, compression=OnePassConfig(**given), **follow)
+        return model
+
+
+@pytest.fixture(scope="module", params=SAVE)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = tmp_path_factory.mktemp(request.param)
+    return Family(request.param, folder, SAVE[request.param](folder))
+
+
+@pytest.mark.parametrize(("frames", "sizes"), [(VIDEOS[0], [8, 8, 4]), (VIDEOS[1], [4, 5])])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_at_ratio_1_it_says_what_the_model_itself_says(
+    family: Family, frames: Frames, sizes: list[int], question: str
+) -> None:
+    model = family.load()
+    given = prompt(model, frames, question)
+    with torch.inference_mode():
+        expected = family.model(**given).logits[0]
+        whole = family.model.generate(**given, max_new_tokens=NUM_NEW, do_sample=False)
+    logits, answer = ask(model, prefill(model, frames, sizes), question, NUM_NEW)
+    torch.testing.assert_close(logits, expected[-len(logits) :], atol=1e-4, rtol=0)
+    assert answer == whole[0, given["input_ids"].shape[1] :].tolist()
+    assert len(set(answer)) > 3, "an answer that tells something"
+
+
+@pytest.mark.parametrize("sizes", [[8, 6, 6], [2] * 10])
+def test_the_number_of_chunks_changes_nothing(family: Family, sizes: list[int]) -> None:
+    model = family.load()
+    once, in_chunks = prefill(model, FRAMES, [20]), prefill(model, FRAMES, sizes)
+    for question in QUESTIONS:
+        logits, answer = ask(model, once, question, NUM_NEW)
+        others, same = ask(model, in_chunks, question, NUM_NEW)
+        torch.testing.assert_close(others, logits, atol=1e-4, rtol=0)
+        assert same == answer
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_both_levels_keep_what_they_keep_as_it_is(family: Family, compressor: str) -> None:
+    whole, model = family.load(), family.load(low_ratio=2, high_ratio=7, compressor=compressor)
+    (raw, _), (end_raw, _) = prefill(whole, FRAMES, [8, 12])
+    (low, high), (end_low, end_high) = prefill(model, FRAMES, [8, 12])
+    visual = [model.num_visual_tokens(size, 100, 60) for size in (8, 12)]
+    others = raw.num_tokens - visual[0]  # kept whole at both levels
+    assert others == {"qwen2_5_vl": 0, "qwen3_vl": 4 * len("<1.5 seconds>SE"), "llava_onevision": 0}[family.name]
+    assert [low.num_tokens, high.num_tokens] == [others + -(-visual[0] // ratio) for ratio in (2, 7)]
+    assert (low.level, high.level, low.ratio, high.ratio) == ("low", "high", 2, 7)
+    assert low.next_position == high.next_position == raw.next_position
+    end_others = end_raw.num_tokens - visual[1]
+    assert bool(end_others) == (family.name != "qwen2_5_vl")
+    assert end_low.num_tokens - end_others == -(-visual[1] // 2)
+    assert end_high.num_tokens - end_others == -(-visual[1] // 7)
+    if compressor == "pool":
+        return  # its tokens are means
+    for kv in (low, high):
+        for layer, head in ((0, 0), (2, 1)):
+            # By its value: in a random model no two tokens share one.
+            matches = (kv.values[layer, head][:, None] == raw.values[layer, head]).all(-1)
+            assert (matches.sum(-1) >= 1).all()
+            at = matches.int().argmax(-1)
+            assert torch.equal(kv.keys[layer, head], raw.keys[layer, head, at])
+            if kv.positions is not None and layer:  # in layer 0 a text token is the same wherever it stands
+                places = kv.positions.expand(3, *kv.keys.shape[:3])[:, layer, head]
+                assert torch.equal(places, raw.positions[:, 0, 0, at])
+
+
+def same(a: ChunkKV, b: ChunkKV) -> bool:
+    assert (a.level, a.ratio, a.next_position) == (b.level, b.ratio, b.next_position)
+    assert (a.positions is None) == (b.positions is None)
+    pairs = [(a.keys, b.keys), (a.values, b.values), (a.positions, b.positions)]
+    return all(x is None or (x.dtype == y.dtype and torch.equal(x, y)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("compressor", ["stride", "keydiff"])
+def test_the_store_gives_back_what_it_was_given(family: Family, compressor: str) -> None:
+    model = family.load(low_ratio=2, high_ratio=7, compressor=compressor)
+    for kv in [kv for pair in prefill(model, FRAMES, [8, 12]) for kv in pair]:
+        data = codec.encode(kv)
+        assert same(codec.decode(data), kv)
+        assert 0 < len(data) - codec.stored_nbytes(kv) < 1000
+        small = codec.encode(kv, "int8")
+        decoded = codec.decode(small)
+        assert 0 < len(small) - codec.stored_nbytes(kv, "int8") < 1000
+        assert decoded.next_position == kv.next_position
+        if kv.positions is not None:
+            assert torch.equal(decoded.positions, kv.positions)
+
+
+def test_all_selected_is_the_low_cache_and_none_is_the_high_cache(family: Family) -> None:
+    model = family.load(low_ratio=2, high_ratio=7, compressor="keydiff")
+    pairs = prefill(model, FRAMES, [8, 6, 6])
+    for level in (0, 1):
+        chunks = [pair[level] for pair in pairs]
+        cache = MixedCache(model.prefix(), chunks, model.rope, room=8)
+        assert cache.num_mixed == len(model.prompt.prefix_ids) + sum(kv.num_tokens for kv in chunks)
+        end = pairs[-1][0].next_position
+        assert cache.next_position == (cache.num_mixed if end is None else end)
+        for (start, stop), kv in zip(cache.spans, chunks, strict=True):
+            positions = torch.arange(start, stop) if kv.positions is None else kv.positions
+            rotated = model.rope.rotate(kv.keys, *model.rope.tables(positions, torch.float32))
+            assert torch.equal(cache.keys[:, :, start:stop], rotated)
+            assert torch.equal(cache.values[:, :, start:stop], kv.values)
+
+
+@pytest.mark.parametrize(("mode", "num_low"), [("exact", 9), ("recent-1", 1), ("high-memory", 0)])
+def test_the_prefill_mode_is_what_a_pass_sees_and_restoring_goes_on_alike(
+    family: Family, mode: str, num_low: int
+) -> None:
+    model = family.load(low_ratio=2, high_ratio=6, prefill_mode=mode)
+    pairs = prefill(model, FRAMES, [6, 6, 8])
+    part = Frames(FRAMES.pixels[12:], FRAMES.times_s[12:])
+    tokens = model.encode(model.preprocess(part), part.times_s)
+    by_hand, resumed = family.load(low_ratio=2, high_ratio=6).prefill(), model.prefill()
+    for index, (low, high) in enumerate(pairs[:2]):
+        seen = low if index >= 2 - num_low else high
+        by_hand.restore(0, seen, seen)
+        resumed.restore(0, low, high)
+    for kv, expected in zip(resumed.append(tokens, last=True), pairs[2], strict=True):
+        assert same(kv, expected)
+    for kv, expected in zip(by_hand.append(tokens, last=True), pairs[2], strict=True):
+        torch.testing.assert_close(kv.keys, expected.keys, atol=1e-5, rtol=0)
