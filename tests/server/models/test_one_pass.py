@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_transformers import NUM_NEW, QUESTIONS, SAVE, VIDEOS, ask, prefill, prompt
+from tiny_transformers import FRAME_TOKENS, NUM_NEW, QUESTIONS, SAVE, VIDEOS, ask, prefill, prompt
 from transformers import PreTrainedModel
 
 from compression.kv import ChunkKV
@@ -30,11 +30,12 @@ class Family:
 
     def load(self, **options: Any) -> OnePassModel:
         given = {"low_ratio": 1, "high_ratio": 1, **options}
-        # The rule of the installed transformers, which its generate must agree with.
-        follow = {"text_behind": "frame"} if self.name == "qwen2_5_vl" else {}
+        own = {} if self.name == "llava_onevision" else {"frame_tokens": FRAME_TOKENS}
+        if self.name == "qwen2_5_vl":
+            own["text_behind"] = "frame"  # the rule of the installed transformers, and so of its generate
         load = import_module(f"server.models.{self.name}").load
         place = {"device": torch.device("cpu"), "dtype": torch.float32}
-        model: OnePassModel = load(self.folder, "tiny", **place, compression=OnePassConfig(**given), **follow)
+        model: OnePassModel = load(self.folder, "tiny", **place, compression=OnePassConfig(**given), **own)
         return model
 
 
