@@ -22,3 +22,11 @@ def interleave(num_visual: int, ratio: int, carry: int, *, close: bool = False) 
     if close and left:
         return torch.nn.functional.pad(is_vst, (0, 1), value=True), 0
     return is_vst, left
+
+
+def count_vsts(num_visual: int, ratio: int, carry: int, *, close: bool = False) -> tuple[int, int]:
+    """How many VSTs :func:`interleave` puts into a window, and the new carry."""
+    first = max(ratio - carry, 1)
+    count = 0 if first > num_visual else 1 + (num_visual - first) // ratio
+    left = num_visual - first - (count - 1) * ratio if count else carry + num_visual
+    return (count + 1, 0) if close and left else (count, left)

@@ -46,10 +46,12 @@ class AttentionScorer:
     ``heads`` are (layer, head) pairs; None takes all. The last token has read the whole question, so it is where a
     causal model looks for the answer; averaging over all question tokens is much worse. Where a draft of the answer is
     read along, a chunk's score is its best from any of the asking tokens: a question about two things looks for the
-    second one only while it answers.
+    second one only while it answers. With ``per_token`` a chunk's mass is averaged over its tokens too: under
+    Video-X2L's edge rule the first and the last chunk have many more of them than the others, and would always win.
     """
 
     heads: tuple[tuple[int, int], ...] | None = None
+    per_token: bool = False
 
     @property
     def num_layers(self) -> int | None:
@@ -60,9 +62,14 @@ class AttentionScorer:
         asking = trace.queries[:, :, -trace.num_asking :]
         positions = trace.start + torch.arange(tokens - trace.num_asking, tokens, device=asking.device)
         asking = rope.rotate(asking, *rope.tables(positions, asking.dtype))
-        keys = cache.keys[:layers, :, : cache.num_mixed].repeat_interleave(heads // cache.keys.shape[1], dim=1)
-        logits = (asking @ keys.transpose(-1, -2)).float() / head_dim**0.5
-        mass = _sum_spans(logits.softmax(-1), cache.spans)  # [layers, heads, asking, chunks]
+        keys = cache.keys[:layers, :, : cache.num_mixed]
+        # Query heads that share keys are taken together: keys repeated for each would be gigabytes in a large model.
+        grouped = asking.reshape(layers, keys.shape[1], -1, head_dim)
+        logits = (grouped @ keys.transpose(-1, -2)).reshape(layers, heads, trace.num_asking, -1)
+        mass = _sum_spans((logits.float() / head_dim**0.5).softmax(-1), cache.spans)  # [layers, heads, asking, chunks]
+        if self.per_token:
+            sizes = [max(stop - start, 1) for start, stop in cache.spans]
+            mass = mass / torch.tensor(sizes, device=mass.device)
         if self.heads is None:
             return mass.mean((0, 1)).amax(0)
         index = torch.tensor(self.heads, device=mass.device)

@@ -1,5 +1,8 @@
 """Runs every case of an oracle file through the production code path and compares every array.
 
+The path begins with the files: the case's weights are written as a checkpoint in the public layout, and what is checked
+is the model that `--model FOLDER` loads. What a file does not hold (the vision tower, or the language model) is random.
+
     python tests/oracle_check.py FILE.npz [FILE.npz ...]
 
 A case with `ratios` is bi-level (edge rule on), one with a scalar `ratio` is uniform (edge rule off), a file with
@@ -11,24 +14,24 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import TINY, random_weights, word_tokenizer, write_checkpoint
 from torch import Tensor
 
 from compression.cache import KVCache
 from compression.kv import ChunkKV
 from compression.mixed import MixedCache
-from compression.score import AttentionScorer
-from server.models.base import ModelSpec, Row
-from server.models.checkpoint import load_decoder, load_into
-from server.models.clip import ClipEncoder, checkpoint_name
-from server.models.decoder import DecoderConfig
-from server.models.decoder_model import PromptConfig
-from server.models.videoxl import CompressionConfig, VideoXL
+from server.models.base import Row
+from server.models.compression_config import CompressionConfig
+from server.models.registry import load_model
+from server.models.videoxl import VideoXL
 from server.video.frames import Frames
 
 ATOL, RTOL = 3e-4, 1e-3
@@ -129,46 +132,42 @@ def check_file(path: Path) -> list[Comparison]:
     return [_check_case(Case(file, name), config, weights) for name in names]
 
 
+def load(config: dict[str, Any], weights: dict[str, Tensor]) -> VideoXL:
+    """A model out of a written checkpoint."""
+    projector = weights.get("model.mm_projector.2.weight")
+    whole = {**TINY, "hidden_size": TINY["hidden_size"] if projector is None else len(projector), **config}
+    # Cases cut their visual tokens into chunks themselves, which need not be whole frames.
+    grid = whole["vision_config"]["image_size"] // whole["vision_config"]["patch_size"]
+    whole["beacon_window"] = whole["beacon_stride"] = (grid // whole["mm_spatial_pool_stride"]) ** 2
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = random_weights(whole) | weights
+        write_checkpoint(Path(folder), tensors, whole, files="sharded", tokenizer=word_tokenizer())
+        model = load_model(folder, device="cpu", dtype="float32")
+    assert isinstance(model, VideoXL)
+    return model
+
+
 def _check_vision(file: Any, config: dict[str, Any], weights: dict[str, Tensor]) -> Comparison:
     result = Comparison("vision")
-    encoder = ClipEncoder(weights["model.mm_projector.2.weight"].shape[0], config)
-    load_into(encoder, {checkpoint_name(name): tensor for name, tensor in weights.items()})
+    model = load(config, weights)
     frames = Frames(file["frames_u8"], np.arange(len(file["frames_u8"]), dtype=np.float64))
-    pixels = encoder.preprocess(frames)
+    pixels = model.preprocess(frames)
     result.close("pixel_values", pixels, file["pixel_values"])
-    with torch.inference_mode():
-        result.close("features", encoder(pixels, frames.times_s), file["features"])
+    result.close("features", model.encode(pixels, frames.times_s), file["features"])
     return result
 
 
 def build(config: dict[str, Any], weights: dict[str, Tensor], case: Case) -> VideoXL:
-    """The production model for one case's ratios."""
-    decoder = load_decoder(DecoderConfig.of(config), weights)
+    """The loaded model with one case's ratios and prefix."""
+    model = load(config, weights)
     if "ratios" in case:
         low, high = (int(ratio) for ratio in case["ratios"])
-        compression = CompressionConfig(low, high, edge_ratio=2, carry="across")
+        model.compression = CompressionConfig(low, high, edge_ratio=2, carry="across")
     else:
-        compression = CompressionConfig(int(case["ratio"]), int(case["ratio"]), edge_ratio=None, carry="across")
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    spec = ModelSpec(
-        name="oracle",
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=config["num_key_value_heads"],
-        head_dim=decoder.config.head_dim,
-        vocab_size=config["vocab_size"],
-        tokens_per_frame=1,
-        frames_per_chunk=int(case["chunks"][0]),
-        low_ratio=compression.low_ratio,
-        high_ratio=compression.high_ratio,
-        max_positions=config["max_position_embeddings"],
-        max_duration_s=None,
-        fps=1.0,
-        default_reload=0,
-        temperature=0.0,
-    )
-    prompt = PromptConfig(tuple(case["sink_ids"].tolist()), "", frozenset())
-    return VideoXL(spec, decoder, None, compression, prompt, None, AttentionScorer())
+        ratio = int(case["ratio"])
+        model.compression = CompressionConfig(ratio, ratio, edge_ratio=None, carry="across")
+    model.prompt = replace(model.prompt, prefix_ids=tuple(case["sink_ids"].tolist()))
+    return model
 
 
 def _check_case(case: Case, config: dict[str, Any], weights: dict[str, Tensor]) -> Comparison:

@@ -11,8 +11,8 @@ from typing import Any
 import openai
 
 from server.app import open_backend
-from server.cli.serving import running
 from server.config import load_settings
+from server.serving import running
 
 _TIMEOUT_S = 600.0
 

@@ -29,25 +29,21 @@ from kvstore.disk import DiskStore
 from kvstore.errors import MissingBlob, StoreError
 from kvstore.key import KVKey
 from kvstore.video import VideoStore
+from server.bench.decoder import CacheDecoder
 from server.bench.reply import MAX_TOKENS, PHASES, Reply
 from server.bench.video import VideoRefused
-from server.engine.detokenize import Detokenizer
 from server.engine.engine import Engine
 from server.engine.errors import EngineError
 from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, VideoStatus
 from server.engine.request import Delta, Outcome, Request, SamplingParams
-from server.models.base import Row, Turn, VideoModel
+from server.models.base import Turn, VideoModel
 from server.models.raw import RawPrefill
 from server.models.videoxl import VideoXL
 from server.video.reader import Sampling, VideoLimits, VideoReader
 
 _BATCH = 16
-_BATCH_NBYTES = 1 << 30
-"""Of the caches that are decoded together."""
 _POLL_S = 0.01
-_ROOM = 128
-"""Tokens of a question and its answer; a cache grows where this is too little."""
 
 
 class LocalBench:
@@ -104,6 +100,7 @@ class LocalVideo:
 
     def __init__(self, bench: LocalBench, store: Store, record: FileRecord, status: VideoStatus, path: Path) -> None:
         self.model: VideoModel = bench.model
+        self.decoder = CacheDecoder(bench.model)
         self.num_chunks = status.num_chunks
         self.default_reload = self.model.spec.default_reload
         self.prefill_s = status.prefill_s or 0.0
@@ -156,14 +153,14 @@ class LocalVideo:
         """The uncompressed KVs of the whole video as one chunk, judged by all tokens of a question that follows it."""
         cache, whole = self._raw_cache
         with torch.inference_mode(), self._scoring(AttentionScorer()):  # the one that needs every layer's queries
-            trace = self.model.trace(self._prompt(text), cache)
+            trace = self.model.trace(self.decoder.prompt(text), cache)
         positions = trace.start + torch.arange(trace.queries.shape[2], device=trace.queries.device)
         return whole.seen_by(trace.queries, positions)
 
     @cached_property
     def _raw_cache(self) -> tuple[MixedCache, RawChunk]:
         whole = join(self.raw)
-        return self.cache([whole.kv]), whole
+        return self.decoder.cache([whole.kv]), whole
 
     @cached_property
     def representatives(self) -> list[ChunkKV]:
@@ -201,59 +198,13 @@ class LocalVideo:
     @torch.inference_mode()
     def score_over(self, text: str, chunks: Sequence[ChunkKV], scorer: Scorer, draft: str = "") -> list[float]:
         """One score a chunk for a question, and a draft of its answer, read over these KVs (in place of the H-KVs)."""
-        cache = self.cache(chunks)
+        cache = self.decoder.cache(chunks)
         draft_ids = self.model.tokenizer.encode(draft, add_special_tokens=False)
         with self._scoring(scorer):
-            ids = torch.tensor([*self._prompt(text).tolist(), *draft_ids], device=self.model.device)
+            ids = torch.tensor([*self.decoder.prompt(text).tolist(), *draft_ids], device=self.model.device)
             trace = replace(self.model.trace(ids, cache), num_asking=1 + len(draft_ids))
         scores: list[float] = scorer.score(trace, cache, chunks, self.model.rope).tolist()
         return scores
-
-    def cache(self, chunks: Sequence[ChunkKV]) -> MixedCache:
-        """Prefix and ``chunks``, ready for :meth:`decode`."""
-        return MixedCache(self.model.prefix(), chunks, self.model.rope, room=_ROOM)
-
-    def decode(self, texts: Sequence[str], caches: Sequence[MixedCache]) -> list[Reply]:
-        """Greedy answers over caches that hold prefix and video, one a text; several texts may share one cache.
-
-        The caches themselves stay as they are.
-        """
-        largest = max((cache.num_mixed * self._token_nbytes for cache in caches), default=1)
-        size = max(1, min(_BATCH, _BATCH_NBYTES // largest))
-        replies: list[Reply] = []
-        for start in range(0, len(texts), size):
-            replies += self._decode_batch(texts[start : start + size], caches[start : start + size])
-        return replies
-
-    @torch.inference_mode()
-    def _decode_batch(self, texts: Sequence[str], caches: Sequence[MixedCache]) -> list[Reply]:
-        model = self.model
-        rows = [Row(self._prompt(text), cache.copy()) for text, cache in zip(texts, caches, strict=True)]
-        said: list[list[int]] = [[] for _ in rows]
-        begin_s = time.perf_counter()
-        tokens = model.forward(rows).argmax(-1).tolist()
-        prefilled_s = time.perf_counter()
-        going = list(range(len(rows)))
-        for _ in range(MAX_TOKENS):
-            going = [row for row, token in zip(going, tokens, strict=True) if token not in model.end_ids]
-            tokens = [token for token in tokens if token not in model.end_ids]
-            for row, token in zip(going, tokens, strict=True):
-                said[row].append(token)
-            if not going:
-                break
-            step = [Row(torch.tensor([said[row][-1]], device=model.device), rows[row].cache) for row in going]
-            tokens = model.forward(step).argmax(-1).tolist()
-        ended_s = time.perf_counter()
-        times_ms = {"prefill": (prefilled_s - begin_s) * 1000, "decode": (ended_s - prefilled_s) * 1000}
-        return [
-            Reply(
-                text=self._text(ids),
-                kv_tokens=cache.num_mixed,
-                kv_nbytes=cache.num_mixed * self._token_nbytes,
-                times_ms=times_ms,
-            )
-            for ids, cache in zip(said, caches, strict=True)
-        ]
 
     def _through_engine(
         self, asked: Sequence[tuple[str, Dial]], scorer: Scorer | None, *, generate: bool
@@ -308,26 +259,13 @@ class LocalVideo:
             text=text,
             error="degraded: an L-KV could not be read" if outcome.degraded else None,
             kv_tokens=outcome.mixed_tokens,
-            kv_nbytes=outcome.mixed_tokens * self._token_nbytes,
+            kv_nbytes=outcome.mixed_tokens * self.decoder.token_nbytes,
             reload_nbytes=outcome.reload_nbytes,
             reloaded=outcome.selection,
             spans_s=tuple((evidence.start_s, evidence.end_s) for evidence in outcome.evidence),
             scores=outcome.scores,
             times_ms={phase: getattr(outcome, f"{phase}_ms") for phase in PHASES},
         )
-
-    def _prompt(self, text: str) -> Tensor:
-        return torch.tensor(self.model.tokenize([Turn("user", text)]), device=self.model.device)
-
-    def _text(self, ids: Sequence[int]) -> str:
-        words = Detokenizer(self.model.tokenizer)
-        return "".join(map(words.push, ids)) + words.flush()
-
-    @property
-    def _token_nbytes(self) -> int:
-        """Bytes of one KV token."""
-        spec = self.model.spec
-        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.dtype.itemsize
 
     @property
     def _videos(self) -> VideoStore:

@@ -110,8 +110,8 @@ class Built:
     def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
         """See :class:`Method`."""
         local = _local(video)
-        cache = local.cache(self.chunks(local))
-        return local.decode([question.text for question in questions], [cache] * len(questions))
+        cache = local.decoder.cache(self.chunks(local))
+        return local.decoder.decode([question.text for question in questions], [cache] * len(questions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,8 @@ class BuiltForQuestion:
     def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
         """See :class:`Method`."""
         local = _local(video)
-        caches = [local.cache(self.chunks(local, question)) for question in questions]
-        return local.decode([question.text for question in questions], caches)
+        caches = [local.decoder.cache(self.chunks(local, question)) for question in questions]
+        return local.decoder.decode([question.text for question in questions], caches)
 
 
 def choose_methods(patterns: Sequence[str], *, local: bool = True, dials: bool = True) -> list[Method]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from server.bench.remote import RemoteBench
 
 SIZES: Mapping[str, Mapping[int, int]] = {
-    "quick": {8: 2, 16: 2},
+    "quick": {8: 1, 16: 1},
     "standard": {8: 6, 16: 10, 32: 6, 64: 4, 128: 2},
     "full": {8: 13, 16: 32, 32: 13, 64: 32, 128: 13},
 }

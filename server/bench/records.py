@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+
+from server.bench.journal import Journal, JournalInUse
 
 Key = tuple[str, int, int, int]
 
@@ -60,9 +61,9 @@ class RunFolder:
     """``run.json``: the configuration. ``records.jsonl``: a line is added for every answer; of two for the same
     question and method the later counts. One process at a time."""
 
-    def __init__(self, folder: Path, file: IO[bytes], records: dict[Key, Record]) -> None:
+    def __init__(self, folder: Path, journal: Journal, records: dict[Key, Record]) -> None:
         self.path = folder
-        self._file = file
+        self._journal = journal
         self._records = records
 
     @property
@@ -76,23 +77,22 @@ class RunFolder:
 
     def add(self, records: Iterable[Record]) -> None:
         """Keeps the records, on disk at once."""
-        for record in records:
-            self._records[record.key] = record
-            self._file.write(_RECORD.dump_json(record) + b"\n")
-        self._file.flush()
+        new = {record.key: record for record in records}
+        self._records |= new
+        self._journal.add(_RECORD.dump_json(record) for record in new.values())
 
 
 @contextmanager
 def open_folder(folder: Path, configuration: Mapping[str, Any]) -> Iterator[RunFolder]:
     """Begins a run in a new folder, or goes on with the one that is there. Raises OtherRun, OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "records.jsonl").open("ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OtherRun(f"another process is at work in {folder}") from None
+    try:
+        journal = Journal(folder / "records.jsonl")
+    except JournalInUse:
+        raise OtherRun(f"another process is at work in {folder}") from None
+    with journal:
         _check(folder / "run.json", json.loads(json.dumps(configuration)))
-        yield RunFolder(folder, file, _read(file))
+        yield RunFolder(folder, journal, _read(folder / "records.jsonl", journal.lines))
 
 
 def _check(path: Path, configuration: dict[str, Any]) -> None:
@@ -115,19 +115,12 @@ def _check(path: Path, configuration: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def _read(file: IO[bytes]) -> dict[Key, Record]:
-    """What was recorded so far. A last line that an interruption has cut off is taken away."""
-    file.seek(0)
+def _read(path: Path, lines: Iterable[bytes]) -> dict[Key, Record]:
     records: dict[Key, Record] = {}
-    whole = 0
-    while (line := file.readline()).endswith(b"\n"):
+    for number, line in enumerate(lines, 1):
         try:
             record = _RECORD.validate_json(line)
         except ValidationError:
-            raise OtherRun(
-                f"{file.name}, line {len(records) + 1} is no record: give another folder with --out"
-            ) from None
+            raise OtherRun(f"{path}, line {number} is no record: give another folder with --out") from None
         records[record.key] = record
-        whole = file.tell()
-    file.truncate(whole)
     return records

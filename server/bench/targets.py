@@ -59,8 +59,9 @@ def _targets(default: str) -> list[Target]:
         uniform = uniform_at(methods, methods[default]["kv_tokens"], code)
         return None if uniform is None else code(methods[default]) - uniform
 
-    def share_of_low(methods: Methods) -> float:
-        return accuracy(methods) / max(accuracy(methods, "low"), 1e-9)
+    def share_of_low(methods: Methods) -> float | None:
+        low = accuracy(methods, "low")
+        return accuracy(methods) / low if low else None
 
     def tokens(methods: Methods) -> float:
         return float(methods[default]["kv_tokens"] / methods["low"]["kv_tokens"])

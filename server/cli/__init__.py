@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from server.cli import ask, bench, demo, files, make_video, serve
-from server.cli.client import ServerError
+from server.client import ServerError
 from server.config import SettingsError
 
 app = typer.Typer(

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from server.cli.client import DEFAULT_BASE_URL, ApiKey, BaseUrl, check, connect, event_stream
 from server.cli.files import clock
+from server.client import DEFAULT_BASE_URL, ApiKey, BaseUrl, check, connect, event_stream
 
 
 def add_to(app: typer.Typer) -> None:

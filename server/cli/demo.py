@@ -15,7 +15,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from server.cli.client import connect
+from server.client import connect
 from server.spool import Spool
 
 SEED = 7
@@ -46,9 +46,9 @@ def demo() -> None:
 def _run(folder: Path, console: Console) -> bool:
     from server.app import open_backend
     from server.cli.files import clock, upload_file
-    from server.cli.serving import running
     from server.config import load_settings
     from server.models.tiny.make_video import make_video
+    from server.serving import running
 
     video = folder / "demo.mp4"
     with console.status("making a synthetic video"):

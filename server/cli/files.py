@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from server.cli.client import DEFAULT_BASE_URL, ApiKey, BaseUrl, ServerError, check, connect, event_stream
+from server.client import DEFAULT_BASE_URL, ApiKey, BaseUrl, ServerError, check, connect, event_stream
 
 IN_PARTS_ABOVE_NBYTES = 512 * 2**20
 PART_NBYTES = 64 * 2**20

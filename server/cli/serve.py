@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from kvstore.errors import StoreError
 from server.config import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
-    from server.models.base import VideoModel
+    from server.models.base import ModelSpec, VideoModel
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,9 +30,11 @@ def serve(**options: Any) -> None:
     """
     settings = load_settings(**options)
     from server.app import open_backend  # torch takes seconds to load: after the settings are known to be good
-    from server.cli.serving import Server
+    from server.serving import Server
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(name)s: %(message)s")
+    for client in ("httpx", "httpx2"):  # they note every request, such as those to the hub
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         backend = open_backend(settings)
     except (ValueError, StoreError) as error:
@@ -46,6 +49,7 @@ def serve(**options: Any) -> None:
 
 
 def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
+    """What the server will do, before it does it."""
     from torch import nn
 
     from kvstore.open import without_password
@@ -55,16 +59,32 @@ def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
     modules = [value for value in vars(model).values() if isinstance(value, nn.Module)]
     num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
     token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
-    tokens = spec.tokens_per_frame * spec.fps * 3600
-    sizes = [tokens / ratio * token_nbytes / 1e6 for ratio in (spec.low_ratio, spec.high_ratio)]
+    low_mb, high_mb = (nbytes / 1e6 for nbytes in _hour_nbytes(settings, spec, token_nbytes))
+    chunk_s = spec.frames_per_chunk / spec.fps
+    reload = spec.default_reload if settings.reload is None else settings.reload
+    modes = [f"{mode} up to {timedelta(seconds=int(most / spec.fps))}" for mode, most in model.prefill_modes]
     return {
         "model": f"{spec.name}, {num_parameters / 1e6:.1f} M parameters",
         "device": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",
         "store": without_password(settings.store),
-        "ratios": f"{spec.low_ratio} (detailed) and {spec.high_ratio} (small), re-load {spec.default_reload} chunks",
-        "size": f"{sizes[0]:.1f} MB (detailed) and {sizes[1]:.1f} MB (small) of KVs per video-hour",
+        "chunk": f"{spec.frames_per_chunk} frames of {spec.tokens_per_frame} tokens, {chunk_s:g} s at {spec.fps:g} fps",
+        "prefill": ", ".join(modes),
+        "ratios": f"{spec.low_ratio} (detailed) and {spec.high_ratio} (small), re-load {reload} chunks",
+        "KV": f"{token_nbytes / 1024:g} KiB a token",
+        "size": f"{low_mb:.1f} MB (detailed) and {high_mb:.1f} MB (small) of KVs per video-hour",
         "access": f"{len(settings.api_key)} API keys" if settings.api_key else "no API key",
     }
+
+
+def _hour_nbytes(settings: Settings, spec: ModelSpec, token_nbytes: int) -> tuple[float, float]:
+    """Bytes of an hour's L-KVs and of its H-KVs in the store, at the model's own sampling."""
+    num_frames = 3600 * spec.fps
+    num_tokens = num_frames * spec.tokens_per_frame
+    low_nbytes, high_nbytes = num_tokens / spec.low_ratio * token_nbytes, num_tokens / spec.high_ratio * token_nbytes
+    if settings.kv_dtype == "int8":  # a byte each, and a float32 per channel and chunk
+        num_channels = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+        low_nbytes = num_channels * (num_tokens / spec.low_ratio + 4 * num_frames / spec.frames_per_chunk)
+    return low_nbytes, high_nbytes
 
 
 def _with_setting_options(command: Callable[..., None]) -> Callable[..., None]:

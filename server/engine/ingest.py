@@ -25,7 +25,7 @@ from kvstore.manifest import ChunkRecord, Manifest
 from kvstore.resident import HighKV
 from kvstore.video import VideoStore
 from server.models.base import Prefill, VideoModel
-from server.video.errors import VideoCancelled
+from server.video.errors import VideoCancelled, VideoTooLarge
 from server.video.frames import Frames
 from server.video.reader import Sampling, VideoInfo, VideoLimits, VideoReader
 
@@ -90,6 +90,7 @@ class Ingest:
         self._verify = verify
         self._queue: queue.Queue[_Decoded | _Stored] = queue.Queue(_CHUNKS_AHEAD)
         self._num_chunks = 0
+        self._mode = model.prefill_mode
         self._prefix: ChunkKV | None = None
         self._prefill: Prefill | None = None
         self._high: list[ChunkKV] = []
@@ -144,7 +145,7 @@ class Ingest:
         item = self._queue.get_nowait()
         try:
             if self._prefill is None:
-                self._prefix, self._prefill = self._model.prefix(), self._model.prefill()
+                self._prefix, self._prefill = self._model.prefix(), self._model.prefill(self._mode)
             last = item.chunk.index == self._num_chunks - 1
             if isinstance(item, _Stored):
                 self._restore(item, self._prefill)
@@ -175,6 +176,7 @@ class Ingest:
         if self.info is None:
             with self._open(path, sampling, limits) as reader:
                 self.info = reader.info
+        self._mode = choose_mode(self._model, self.info, sampling)
         plan = plan_chunks(self.info, self._model.spec.frames_per_chunk)
         self._num_chunks = len(plan)
         index, stored = 0, self._find(plan, 0)
@@ -266,7 +268,7 @@ class Ingest:
             num_prefix_tokens=prefix.num_tokens,
             prefix_nbytes=prefix.nbytes,
             prefill_s=prefill_s,
-            prefill_mode=self._model.prefill_mode,
+            prefill_mode=self._mode,
             next_position=self._high[-1].next_position,
         )
         self._check()
@@ -292,6 +294,22 @@ class Ingest:
                 break
         self._prefilled.set()
         return cause
+
+
+def choose_mode(model: VideoModel, info: VideoInfo, sampling: Sampling) -> str:
+    """The first of the model's prefill modes in which a video fits into its positions.
+
+    Raises VideoTooLarge, which tells what fits, where there is none.
+    """
+    for mode, most in model.prefill_modes:
+        if info.num_frames <= most:
+            return mode
+    most = max(most for _, most in model.prefill_modes)
+    raise VideoTooLarge(
+        f"The video has {info.num_frames} sampled frames; {model.spec.name} has positions for at most {most}, "
+        f"which are {most / sampling.fps:.1f} s at {sampling.fps:g} fps. Lower fps or set max_frames.",
+        code="video_too_long",
+    )
 
 
 def plan_chunks(info: VideoInfo, frames_per_chunk: int) -> tuple[Chunk, ...]:

@@ -21,7 +21,7 @@ from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
-from server.engine.ingest import Ingest
+from server.engine.ingest import Ingest, choose_mode
 from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, FileSource, FileStatus, VideoStatus
 from server.engine.records import Records
@@ -59,6 +59,7 @@ class Library:
     ) -> None:
         """``on_ingest`` gets every prefill that begins, ``on_change`` the key of a video that became ready or failed,
         ``on_delete`` the id of a deleted file; ``wake`` tells the engine thread that a prefill has work for it."""
+        self._model = model
         self._kvs = kvs
         self._contents = ContentStore(store)
         self._pool = pool
@@ -289,6 +290,7 @@ class Library:
 
     def _probe(self, path: Path, sampling: Sampling) -> VideoInfo:
         with VideoReader(path, sampling, self._limits) as reader:
+            choose_mode(self._model, reader.info, sampling)
             return reader.info
 
     def _keep(self, path: Path, record: FileRecord, stored_nbytes: int) -> None:

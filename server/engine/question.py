@@ -202,7 +202,14 @@ class Question:
     def _select(self, scores: Sequence[float]) -> Selection:
         own, models = self._options.default_reload, self._model.spec.default_reload
         default = models if own is None else own
-        return select(scores, self.request.dial, self._chunks, self._sizes, default_reload=default)
+        dial = self.request.dial
+        chosen = select(scores, dial, self._chunks, self._sizes, default_reload=default)
+        if dial.reload is None and dial.budget_tokens is None and dial.chunks is None and dial.mode in (None, "auto"):
+            # Nobody asked for these: behind a very long video there may be room for fewer.
+            room = self._model.spec.max_positions - len(self._prompt_ids) - self._least_tokens
+            while self._next_position is None and chosen.chunks and self._sizes.mixed(chosen) > room:
+                chosen = Selection(chosen.chunks[:-1])
+        return chosen
 
     def _assemble(self, prefix: ChunkKV, chunks: Sequence[ChunkKV]) -> None:
         room = len(self._prompt_ids) + self._max_tokens

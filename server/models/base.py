@@ -91,9 +91,12 @@ class VideoModel(ABC):
     device: torch.device
     dtype: torch.dtype
     fingerprint: str
-    """SHA-256 hex over weights, ratios, prefix and dtype: two models with one fingerprint make the same KVs."""
+    """SHA-256 hex over weights, ratios, prefix, prefill modes and dtype: two models with one make the same KVs."""
     prefill_mode: str
     """What a chunk's prefill sees of the chunks before it; ``exact`` is as the method was published."""
+    prefill_modes: tuple[tuple[str, int], ...]
+    """``prefill_mode`` and the cheaper ones behind it, each with the most sampled frames that a video may have in it
+    before it needs more positions than there are."""
     end_ids: frozenset[int]
 
     @abstractmethod
@@ -114,8 +117,8 @@ class VideoModel(ABC):
         """The KV of the fixed text before the video, at ratio 1 (the "sink")."""
 
     @abstractmethod
-    def prefill(self) -> Prefill:
-        """Starts the prefill of one video."""
+    def prefill(self, mode: str | None = None) -> Prefill:
+        """Starts the prefill of one video, in one of ``prefill_modes`` (None: ``prefill_mode``)."""
 
     @abstractmethod
     def tokenize(self, turns: Sequence[Turn]) -> list[int]:

@@ -40,6 +40,10 @@ class ClipEncoder(nn.Module):
         model = CLIPVisionModel(vision)
         # transformers moved the tower from `.vision_model` into the class itself during 5.x.
         self.tower = getattr(model, "vision_model", model)
+        self.tower.post_layernorm = nn.Identity()
+        # A buffer that no checkpoint needs to hold: made here for good, also where all else is on the meta device.
+        positions = torch.arange(self.tower.embeddings.num_positions, device="cpu")[None]
+        self.tower.embeddings.register_buffer("position_ids", positions, persistent=False)
         self.projector = nn.Sequential(
             nn.Linear(vision.hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -48,6 +52,12 @@ class ClipEncoder(nn.Module):
         self.select_layer = int(config.get("mm_vision_select_layer", -2))
         side = {"height": vision.image_size, "width": vision.image_size}
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": vision.image_size}, crop_size=side)
+
+    def extra_repr(self) -> str:
+        """What the features depend on besides the weights."""
+        vision = self.tower.config
+        sizes = {name: getattr(vision, name) for name in CLIP_L_14_336}
+        return f"select_layer={self.select_layer}, stride={self.stride}, {sizes}"
 
     @property
     def tokens_per_frame(self) -> int:
@@ -67,11 +77,3 @@ class ClipEncoder(nn.Module):
         x = self.projector(states[self.select_layer][:, 1:])
         x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return torch.flatten(functional.avg_pool2d(x, self.stride).flatten(2).transpose(1, 2), 0, 1)
-
-
-def checkpoint_name(name: str) -> str:
-    """A public checkpoint's tensor name -> this module's."""
-    tower, projector = "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."
-    if name.startswith(tower):
-        return "tower." + name.removeprefix(tower)
-    return "projector." + name.removeprefix(projector)

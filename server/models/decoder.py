@@ -232,6 +232,10 @@ class Decoder(LanguageModel):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def extra_repr(self) -> str:
+        """What the KVs depend on besides the weights."""
+        return repr(self.config)
+
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` -> float32 ``[..., vocab]``."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ class DecoderModel(VideoModel):
         self.dtype = decoder.embed_tokens.weight.dtype
         self.end_ids = prompt.end_ids
         self.prefill_mode = prefill_mode
+        self.prefill_modes = ((prefill_mode, sys.maxsize),)
         self._prefix: ChunkKV | None = None
 
     @torch.inference_mode()
@@ -105,7 +107,7 @@ class DecoderModel(VideoModel):
             if isinstance(module, nn.Module):
                 for name, tensor in sorted(module.state_dict().items()):
                     digest.update(name.encode())
-                    digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                    digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
 
 

@@ -129,7 +129,7 @@ class OnePassModel(DecoderModel):
     def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
         return self.vision.num_tokens(num_frames, width, height)
 
-    def prefill(self) -> OnePassPrefill:
+    def prefill(self, mode: str | None = None) -> OnePassPrefill:
         return OnePassPrefill(self)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,18 +10,18 @@ import torch
 
 from server.models.base import VideoModel
 from server.models.families import FAMILIES, family_loader
+from server.models.hub import UnknownModelError as UnknownModelError
+from server.models.hub import find_folder, read_json
 from server.models.tiny.model import load_tiny
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class UnknownModelError(ValueError):
-    """No loader knows this name."""
+Loader = Callable[..., VideoModel]
+"""``load(folder, name, *, device, dtype, low_ratio, high_ratio, prefill_mode)``."""
 
 
 class DeviceError(ValueError):
-    """The device or the dtype is not to be had on this machine."""
+    """The device or the dtype is not to be had on this machine, or the device is too small."""
 
 
 def load_model(
@@ -35,11 +34,12 @@ def load_model(
     prefill_mode: str | None = None,
     compressor: str | None = None,
 ) -> VideoModel:
-    """Loads ``tiny`` (also known as ``x2l-tiny``), the bundled model, or the one in a local folder.
+    """Loads ``tiny`` (also known as ``x2l-tiny``), the bundled model, or one from a folder or a hub's repository, which
+    is served by the repository's name or the folder's.
 
-    ``auto`` takes a GPU where there is one, and float32 on a CPU or bfloat16 on a GPU. Raises UnknownModelError,
-    DeviceError, CheckpointError, ValueError for a ``prefill_mode`` or ``compressor`` that does not exist, and for a
-    ``compressor`` where the model summarizes by itself.
+    ``auto`` takes a GPU where there is one, and float32 on a CPU or bfloat16 on a GPU (float16 on one without it).
+    Raises UnknownModelError, DeviceError, CheckpointError, ValueError for a ``prefill_mode`` or ``compressor`` that
+    does not exist, and for a ``compressor`` where the model summarizes by itself.
     """
     place = _device(device)
     precision = _dtype(dtype, place)
@@ -52,24 +52,43 @@ def load_model(
         "high_ratio": high_ratio,
         "prefill_mode": prefill_mode,
     }
-    if name not in ("tiny", "x2l-tiny"):
-        folder = Path(name).expanduser()
-        return _family(folder)(folder, folder.resolve().name, **options, compressor=compressor)
+    try:
+        if name in ("tiny", "x2l-tiny"):
+            _refuse(compressor, name)
+            return load_tiny(**options)
+        folder = find_folder(name)
+        served = folder.resolve().name if Path(name).expanduser().is_dir() else name
+        config = read_json(folder / "config.json")
+        family = family_loader(config)
+        if family is not None:
+            return family(folder, served, **options, compressor=compressor)
+        load = _loader(config, name)
+        _refuse(compressor, name)
+        return load(folder, served, **options)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"model {name!r} in {str(precision).removeprefix('torch.')} does not fit on {place}"
+        ) from error
+
+
+def _refuse(compressor: str | None, name: str) -> None:
     if compressor is not None:
         raise ValueError(f"{name} makes its own summaries of a video: it takes no compressor")
-    return load_tiny(**options)
 
 
-def _family(folder: Path) -> Callable[..., VideoModel]:
-    supported = f"this version serves 'tiny', the bundled model, and folders with {', '.join(FAMILIES)}"
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UnknownModelError(f"unknown model {str(folder)!r}: {supported}")
-    content = json.loads(config.read_text())
-    load = family_loader(content)
-    if load is None:
-        raise UnknownModelError(f"the model in {folder} is of type {content.get('model_type')!r}: {supported}")
-    return load
+def _loader(config: dict[str, Any], name: str) -> Loader:
+    """The loader of a checkpoint's architecture. Modules of models are slow to import, so each comes when asked for."""
+    kinds = {str(config.get("model_type")), *map(str, config.get("architectures") or ())}
+    if kinds & {"llava_qwen", "LlavaQwenForCausalLM"} or "beacon_window" in config:
+        from server.models.pretrained import load_pretrained
+
+        return load_pretrained
+    shown = ", ".join(sorted(kinds - {"None"})) or "none at all"
+    raise UnknownModelError(
+        f"model {name!r} has the architecture {shown}; supported are 'tiny', the bundled model, Video-XL (llava_qwen), "
+        f"{', '.join(FAMILIES)}. Another one is added with a file of its own, a class of "
+        "server.models.base.VideoModel, and a line in server/models/registry.py"
+    )
 
 
 def _device(name: Device) -> torch.device:
@@ -81,7 +100,23 @@ def _device(name: Device) -> torch.device:
 
 
 def _dtype(name: DType, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        check_dtype(dtype, device)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Raises DeviceError where the device does not compute in a dtype."""
+    emulated = device.type == "cuda" and dtype == torch.bfloat16
+    try:
+        if emulated and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise RuntimeError("it could only be emulated")
+        one = torch.ones(1, 1, 2, 2, device=device, dtype=dtype)
+        torch.nn.functional.scaled_dot_product_attention(one, one @ one, torch.nn.functional.conv2d(one, one[:, :, :1]))
+    except (RuntimeError, TypeError) as error:
+        shown = str(dtype).removeprefix("torch.")
+        raise DeviceError(f"device '{device}' does not compute in {shown}: choose another --dtype") from error

@@ -13,9 +13,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedT
 from compression.rope import Rope
 from compression.score import AttentionScorer
 from server.models.base import ModelSpec
-from server.models.checkpoint import CheckpointError
 from server.models.decoder_model import PromptConfig
 from server.models.one_pass import OnePassConfig, OnePassModel, VisionTower
+from server.models.tensors import CheckpointError
 from server.models.transformers_decoder import TransformersDecoder
 
 FRAMES_PER_CHUNK = 16

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from compression.cache import KVCache
@@ -16,9 +16,11 @@ from compression.interleave import interleave
 from compression.kv import ChunkKV, Level
 from compression.score import Scorer
 from server.models.base import ModelSpec, PositionLimitError
+from server.models.compression_config import CompressionConfig
 from server.models.decoder import Decoder, Window
 from server.models.decoder_model import DecoderModel, PromptConfig, stack
-from server.models.memory import Recent, num_low_in_memory
+from server.models.memory import Recent
+from server.models.positions import longest_video
 from server.video.frames import Frames
 
 
@@ -30,31 +32,6 @@ class FrameEncoder(Protocol):
 
     def __call__(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
         """See :meth:`VideoModel.encode`."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompressionConfig:
-    """How visual tokens become VSTs (Video-X2L, section 2).
-
-    ``edge_ratio`` is the ratio of the first and the last chunk at BOTH levels (2 in Video-X2L; None: no edge rule, as
-    in Video-XL). ``carry`` tells whether visual tokens behind a chunk's last VST count towards the next chunk's first.
-    ``prefill_mode`` tells what a chunk's L pass sees of the chunks before it (server.models.memory); ``exact`` is as
-    published. Raises ValueError for a name that does not exist.
-    """
-
-    low_ratio: int = 2
-    high_ratio: int = 32
-    edge_ratio: int | None = 2
-    carry: Literal["across", "reset"] = "across"
-    prefill_mode: str = "exact"
-
-    def __post_init__(self) -> None:
-        num_low_in_memory(self.prefill_mode)
-
-    @property
-    def low_memory(self) -> int | None:
-        """See :func:`server.models.memory.num_low_in_memory`."""
-        return num_low_in_memory(self.prefill_mode)
 
 
 class VideoXL(DecoderModel):
@@ -77,7 +54,10 @@ class VideoXL(DecoderModel):
         super().__init__(spec, decoder, prompt, tokenizer, scorer, compression.prefill_mode)
         self.encoder = encoder
         self.compression = compression
-        self.fingerprint = self._fingerprint(spec, compression, prompt, self.dtype)
+        self.prefill_modes = self._prefill_modes()
+        modules = [module.extra_repr() for module in (decoder, encoder) if isinstance(module, nn.Module)]
+        # With the modes and their reach, a key stands for one mode: the same video always gets the same.
+        self.fingerprint = self._fingerprint(spec, compression, self.prefill_modes, prompt, self.dtype, modules)
 
     def preprocess(self, frames: Frames) -> Tensor:
         return self._encoder().preprocess(frames)
@@ -86,8 +66,17 @@ class VideoXL(DecoderModel):
     def encode(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
         return self._encoder()(pixels, times_s)
 
-    def prefill(self) -> VideoXLPrefill:
-        return VideoXLPrefill(self)
+    def prefill(self, mode: str | None = None) -> VideoXLPrefill:
+        return VideoXLPrefill(self, mode or self.compression.prefill_mode)
+
+    def _prefill_modes(self) -> tuple[tuple[str, int], ...]:
+        modes: list[tuple[str, int]] = []
+        for mode in dict.fromkeys((self.prefill_mode, "high-memory")):
+            compression = replace(self.compression, prefill_mode=mode)
+            longest = longest_video(self.spec, compression, len(self.prompt.prefix_ids))
+            if not modes or longest > modes[-1][1]:
+                modes.append((mode, longest))
+        return tuple(modes)
 
     def _encoder(self) -> FrameEncoder:
         if self.encoder is None:
@@ -101,22 +90,20 @@ class VideoXLPrefill:
     In other prefill modes than ``exact`` the L pass sees H-KVs of the chunks further back.
     """
 
-    def __init__(self, model: VideoXL) -> None:
+    def __init__(self, model: VideoXL, mode: str) -> None:
         self._model = model
+        self._compression = replace(model.compression, prefill_mode=mode)
         prefix = model.prefix()
         memory = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
         memory.append(prefix)
         self._low = self._high = _Pass(memory)
-        self._recent = Recent(model.compression.low_memory)
+        self._recent = Recent(self._compression.low_memory)
         self._num_chunks = 0
 
     @torch.inference_mode()
     def append(self, features: Tensor, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
-        compression = self._model.compression
-        low_ratio, high_ratio = compression.low_ratio, compression.high_ratio
-        if compression.edge_ratio is not None and (last or self._num_chunks == 0):
-            low_ratio = high_ratio = compression.edge_ratio
+        low_ratio, high_ratio = self._compression.ratios(first=self._num_chunks == 0, last=last)
         self._begin_chunk(low_ratio, high_ratio)
         low = self._compress(self._low, features, low_ratio, "low")
         one = self._high is self._low
@@ -151,7 +138,7 @@ class VideoXLPrefill:
         """Where the VSTs stand in the next window; None where every token stays."""
         if ratio == 1:
             return None
-        reset = self._model.compression.carry == "reset"
+        reset = self._compression.carry == "reset"
         is_vst, state.carry = interleave(num_visual_tokens, ratio, state.carry, close=reset)
         return is_vst
 
@@ -177,15 +164,3 @@ class _Pass:
 
     memory: KVCache
     carry: int = 0
-
-
-def read_compression(config: dict[str, Any]) -> CompressionConfig:
-    """The compression part of ``config.json``; what it leaves open is Video-X2L's published setting."""
-    default = CompressionConfig()
-    return CompressionConfig(
-        low_ratio=config.get("low_cmpr_ratio", default.low_ratio),
-        high_ratio=config.get("high_cmpr_ratio", default.high_ratio),
-        edge_ratio=config.get("edge_ratio", default.edge_ratio),
-        carry=config.get("carry", default.carry),
-        prefill_mode=config.get("prefill_mode", default.prefill_mode),
-    )

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compression.interleave import interleave
+from compression.interleave import count_vsts, interleave
 
 
 def walk(num_visual: int, ratio: int, carry: int) -> tuple[list[bool], int]:
@@ -39,3 +39,9 @@ def test_a_closed_window_ends_with_a_vst_and_carries_nothing(num_visual: int, ra
     assert carry == 0
     assert int(mask.sum()) == -(-num_visual // ratio)
     assert num_visual == 0 or bool(mask[-1])
+
+
+@given(num_visual=st.integers(0, 200), ratio=st.integers(2, 40), carry=st.integers(0, 60), close=st.booleans())
+def test_counting_agrees_with_placing(num_visual: int, ratio: int, carry: int, close: bool) -> None:
+    is_vst, left = interleave(num_visual, ratio, carry, close=close)
+    assert count_vsts(num_visual, ratio, carry, close=close) == (int(is_vst.sum()), left)

@@ -59,6 +59,13 @@ def test_attention_without_chosen_heads_is_the_mean_over_all() -> None:
     )
 
 
+def test_attention_per_token_does_not_favour_large_chunks() -> None:
+    trace, cache, chunks = setting((16, 1, 0, 2))
+    whole = AttentionScorer().score(trace, cache, chunks, ROPE)
+    mean = AttentionScorer(per_token=True).score(trace, cache, chunks, ROPE)
+    torch.testing.assert_close(mean, whole / torch.tensor([16, 1, 1, 2]))
+
+
 def test_only_the_layers_of_the_chosen_heads_are_needed() -> None:
     assert AttentionScorer(((0, 3), (1, 0))).num_layers == 2
     assert AttentionScorer().num_layers is None

@@ -13,9 +13,9 @@ import pytest
 from live import Live, Serve
 
 from server.app import open_backend
-from server.cli.serving import running
 from server.config import Settings
 from server.models.tiny.make_video import make_video
+from server.serving import running
 
 
 @pytest.fixture(scope="session")

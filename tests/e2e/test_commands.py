@@ -102,7 +102,7 @@ def test_make_video(tmp_path: Path) -> None:
     [
         (("--port", "eighty"), {}, "--port"),
         (("--store", "s3://bucket"), {}, "store"),
-        (("--model", "no/such-model"), {}, "no/such-model"),
+        (("--model", "no/such-model"), {"HF_HUB_OFFLINE": "1"}, "no/such-model"),
         (("--host", "192.0.2.1"), {"X2L_STORE": "memory://"}, "192.0.2.1"),
         ((), {"X2L_PROT": "1"}, "X2L_PROT"),
         ((), {"X2L_MAX_QUEUE": "none"}, "X2L_MAX_QUEUE"),
@@ -117,7 +117,7 @@ def test_a_bad_setting_stops_the_start(arguments: tuple[str, ...], variables: di
 ENDLESS = """
 import sys
 from server.app import open_backend
-from server.cli.serving import Server
+from server.serving import Server
 from server.config import load_settings
 
 settings = load_settings(port=sys.argv[1], store="memory://", drain_s=sys.argv[2], log_level="warning")

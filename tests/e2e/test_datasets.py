@@ -24,7 +24,7 @@ from server.bench.datasets.asker import Asking
 from server.bench.datasets.item import DatasetError
 from server.bench.datasets.records import Records
 from server.bench.datasets.run import run_dataset
-from server.cli.client import ServerError
+from server.client import ServerError
 
 
 @pytest.fixture

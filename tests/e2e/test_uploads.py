@@ -21,7 +21,7 @@ from redis_servers import RedisServer
 from rich.console import Console
 
 from server.cli import files as cli_files
-from server.cli.client import connect
+from server.client import connect
 from server.engine import uploads as engine_uploads
 from server.engine.uploads import Uploads
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from server.bench.datasets.item import Item
-from server.cli.client import ServerError, check
+from server.client import ServerError, check
 
 _BUSY = (429, 503)
 _TRIES = 6

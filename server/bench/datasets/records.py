@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from server.bench.datasets.item import DatasetError
+from server.bench.journal import Journal, JournalInUse
 
 
 class Records:
@@ -24,18 +24,16 @@ class Records:
         self.by_id: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            whole = self._load(path, dict(run))
-        except BlockingIOError:
-            self._file.close()
-            raise DatasetError(f"another process is at work on {path}") from None
+            self._journal = Journal(path)
+        except JournalInUse as error:
+            raise DatasetError(str(error)) from None
+        try:
+            self._load(path, self._journal.lines, dict(run))
         except DatasetError:
-            self._file.close()
+            self._journal.close()
             raise
-        self._file.truncate(whole)
-        if not whole:
+        if not self._journal.lines:
             self._write({"run": dict(run)})
 
     def __enter__(self) -> Self:
@@ -44,7 +42,7 @@ class Records:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._journal.close()
 
     @property
     def done(self) -> set[str]:
@@ -58,15 +56,11 @@ class Records:
             self._write(record)
 
     def _write(self, value: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        self._journal.add([json.dumps(value, ensure_ascii=False).encode()])
 
-    def _load(self, path: Path, run: Mapping[str, Any]) -> int:
-        """Reads whole lines (the last may have been cut off) and returns their length in bytes."""
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
+    def _load(self, path: Path, data: Sequence[bytes], run: Mapping[str, Any]) -> None:
         try:
-            lines = [json.loads(line) for line in data[:whole].splitlines()]
+            lines = [json.loads(line) for line in data]
             self.by_id = {record["id"]: record for record in lines[1:]}
             found = lines[0]["run"] if lines else run
         except (ValueError, KeyError, TypeError):
@@ -74,4 +68,3 @@ class Records:
         if found != run:
             names = {name for name in found.keys() | run.keys() if found.get(name) != run.get(name)}
             raise DatasetError(f"{path} holds another run's records ({', '.join(sorted(names))}): choose another --out")
-        return whole

@@ -24,7 +24,7 @@ from server.bench.datasets.records import Records
 from server.bench.datasets.registry import BENCHMARKS
 from server.bench.datasets.report import summarize, table, verdict_lines
 from server.bench.reply import OWN
-from server.cli.client import ServerError, check, connect
+from server.client import ServerError, check, connect
 from server.config import SettingsError, load_settings
 from server.spool import Spool
 
@@ -192,7 +192,7 @@ def _progress(console: Console, *, done: int, total: int) -> Progress:
 def _own_server(options: Mapping[str, Any]) -> Iterator[str]:
     """The address of a server of our own, with a temporary store unless X2L_STORE names one. Raises SettingsError."""
     from server.app import open_backend  # torch takes seconds to load
-    from server.cli.serving import running
+    from server.serving import running
 
     with contextlib.closing(Spool()) as spool:
         store = None if os.environ.get("X2L_STORE") else f"disk:{spool.folder}/store"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from compression.score import AttentionScorer
 from server.models.base import ModelSpec
-from server.models.checkpoint import load_into
+from server.models.compression_config import read_compression
 from server.models.decoder import Decoder, DecoderConfig
 from server.models.decoder_model import PromptConfig
+from server.models.tensors import load_into
 from server.models.tiny.encoder import TimeEmbedding, TinyEncoder
 from server.models.tiny.tokenizer import PREFIX
-from server.models.videoxl import VideoXL, read_compression
+from server.models.videoxl import VideoXL
 
 FOLDER = Path(__file__).parent
 
@@ -72,13 +72,7 @@ def assemble(
 ) -> VideoXL:
     """A servable model around trained (or, in tests, random) modules; the tokenizer comes from ``folder``."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    compression = read_compression(config)
-    compression = replace(
-        compression,
-        low_ratio=low_ratio or compression.low_ratio,
-        high_ratio=high_ratio or compression.high_ratio,
-        prefill_mode=prefill_mode or compression.prefill_mode,
-    )
+    compression = read_compression(config, low_ratio=low_ratio, high_ratio=high_ratio, prefill_mode=prefill_mode)
     decoder_config = modules.decoder.config
     spec = ModelSpec(
         name="x2l-tiny",

@@ -27,7 +27,9 @@ from server.bench.methods import METHODS, choose_methods
 from server.bench.plot import PlotUnavailable, draw
 from server.bench.quality import Target, num_errors, run_quality
 from server.bench.records import Record, open_folder
+from server.bench.run import jobs_left
 from server.bench.synthetic import choose_videos
+from server.bench.workers import run_jobs
 from server.models.registry import load_model
 from server.models.tiny.make_video import make_video
 
@@ -44,14 +46,14 @@ def videos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    out: Path, videos_folder: Path, *patterns: str, count: int = 1, plot: bool = False
+    out: Path, videos_folder: Path, *patterns: str, count: int = 1, plot: bool = False, workers: int = 1
 ) -> tuple[dict[str, Any], str]:
     """The result, and what was printed."""
     printed = StringIO()
     result = run_quality(
         {CHUNKS: count},
         patterns,
-        Target(device="cpu"),
+        Target(device="cpu", workers=workers),
         seed=SEED,
         out=out,
         videos_folder=videos_folder,
@@ -122,8 +124,8 @@ def test_direct_decoding_says_what_the_engine_says(opened: LocalVideo) -> None:
     texts = [question.text for question in choose_videos(SEED, {CHUNKS: 1})[0].questions]
     for mode, ratio in (("low", opened.model.spec.low_ratio), ("high", opened.model.spec.high_ratio)):
         through_engine = opened.ask([(text, Dial(mode=mode)) for text in texts])
-        cache = opened.cache(opened.uniform(ratio))
-        directly = opened.decode(texts, [cache] * len(texts))
+        cache = opened.decoder.cache(opened.uniform(ratio))
+        directly = opened.decoder.decode(texts, [cache] * len(texts))
         assert [reply.text for reply in directly] == [reply.text for reply in through_engine]
         assert {reply.kv_tokens for reply in directly} == {reply.kv_tokens for reply in through_engine}
         assert {reply.kv_nbytes for reply in directly} == {reply.kv_nbytes for reply in through_engine}
@@ -215,6 +217,35 @@ def test_killed_and_run_again(tmp_path: Path, videos_folder: Path, whole: tuple[
     uninterrupted = {record.key: record.reply for record in records_of(whole[0]) if record.method in methods}
     resumed = {record.key: record.reply for record in records_of(out)}
     assert uninterrupted.items() <= resumed.items()
+
+
+def test_workers_share_the_videos_and_say_the_same(
+    whole: tuple[Path, dict[str, Any], str], tmp_path: Path, videos_folder: Path
+) -> None:
+    missing = tmp_path / "videos"  # so that they make the videos themselves
+    result, printed = run(tmp_path / "run", missing, "high", "attention-1", count=2, workers=2)
+    assert num_errors(result) == 0 and "100%" in printed
+    replies = {record.key: record.reply for record in records_of(tmp_path / "run")}
+    assert {seed for _, _, seed, _ in replies} == {video.seed for video in choose_videos(SEED, {CHUNKS: 2})}
+    alone = {record.key: record.reply for record in records_of(whole[0]) if record.method in ("high", "attention-1")}
+    assert alone.items() <= replies.items()
+    assert not (tmp_path / "run" / "work").exists()
+    assert {file.name for file in missing.iterdir()} == {file.name for file in videos_folder.iterdir()}
+
+
+def test_stopping_workers_keeps_what_they_said(tmp_path: Path, videos_folder: Path) -> None:
+    load = partial(load_model, device="cpu")
+    videos = choose_videos(SEED, {CHUNKS: 2})
+    with open_folder(tmp_path / "run", {}) as folder:
+        jobs = jobs_left(folder, videos, choose_methods(["high", "low", "random"]))
+        answered = run_jobs(load, 2, videos_folder, tmp_path / "work", jobs)
+        job, name, records = next(answered)
+        folder.add(records)
+        answered.close()
+        assert not (tmp_path / "work").exists()
+        left = {one.video: one.left for one in jobs_left(folder, videos, choose_methods(["high", "low", "random"]))}
+    assert name in job.left and name not in left[job.video]
+    assert sum(map(len, left.values())) == 5
 
 
 def test_bad_requests_are_one_line(tmp_path: Path, videos_folder: Path) -> None:

@@ -225,11 +225,41 @@ def test_a_video_damaged_further_on_is_an_error(drive: Drive, clips: Clips, tmp_
     assert not list(driver.store.keys("kv/"))
 
 
-def test_a_video_past_the_models_positions_is_an_error(
-    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip
+def test_a_video_past_the_models_positions_is_refused(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, long_clip: Clip
 ) -> None:
-    record = drive(model=fresh_model(max_position_embeddings=30)).upload(four_chunks)
-    assert record.status == "error" and "30 positions" in record.status_details
+    driver = drive(model=fresh_model(max_position_embeddings=30))
+    with pytest.raises(VideoTooLarge, match="14 sampled frames; x2l-tiny has positions for at most 3, "):
+        driver.upload(four_chunks)
+    assert driver.engine.library.list("") == [] and not list(driver.store.keys(""))
+    # Taken by a replica whose model had room for it.
+    store = MemoryStore()
+    before = drive(store)
+    record = before.upload(long_clip, wait=False)
+    before.engine.close()
+    after = drive(store, model=fresh_model(max_position_embeddings=30)).wait_processed(record)
+    assert after.status == "error" and "positions for at most 3" in after.status_details
+
+
+def test_a_video_takes_the_first_mode_that_has_room(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, long_clip: Clip
+) -> None:
+    driver = drive(model=fresh_model(max_position_embeddings=200))
+    short, long = driver.upload(four_chunks), driver.upload(long_clip)
+    assert (short.video.prefill_mode, long.video.prefill_mode) == ("exact", "high-memory")
+    assert driver.ask(long).error is None
+    # The same KVs as where that mode was asked for, under another key: no store mixes what two settings make.
+    other = drive(model=fresh_model(max_position_embeddings=200, prefill_mode="high-memory"))
+    asked = other.upload(long_clip)
+    videos = [driver.engine.library.video(long.id, ""), other.engine.library.video(asked.id, "")]
+    assert [video.manifest.prefill_mode for video in videos] == ["high-memory", "high-memory"]
+    assert videos[0].key != videos[1].key
+    ours, theirs = (
+        {key.removeprefix(video.key.root): bytes(store.get(key)) for key in store.keys(video.key.root)}
+        for store, video in zip((driver.store, other.store), videos, strict=True)
+    )
+    assert len(ours) == 3 * 50 + 2 and ours.pop("manifest") != theirs.pop("manifest")
+    assert ours == theirs
 
 
 def test_an_interrupted_upload_resumes_at_the_first_missing_chunk(
@@ -265,15 +295,16 @@ def test_an_interrupted_upload_whose_bytes_were_not_kept_fails(drive: Drive, lon
     assert after.upload(long_clip).status == after.engine.library.get(record.id, "").status == "processed"
 
 
-def test_a_failed_file_stays_failed_over_a_restart(
-    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, tmp_path: Path
-) -> None:
+def test_a_failed_file_stays_failed_over_a_restart(drive: Drive, clips: Clips, tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "store")
-    model = fresh_model(max_position_embeddings=30)
-    before = drive(store, model=model)
-    record = before.upload(four_chunks)
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(clips("mp4", width=160, height=96, fps=5.0, duration_s=14.0).path.read_bytes())
+    blank_media(damaged, 0.5)
+    before = drive(store)
+    record = before.upload(damaged)
+    assert record.status == "error"
     before.engine.close()
-    assert drive(store, model=model).engine.library.get(record.id, "") == record
+    assert drive(store).engine.library.get(record.id, "") == record
 
 
 def test_another_model_prefills_its_own(drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip) -> None:

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from server.models.base import PositionLimitError
-from server.models.checkpoint import CheckpointError
 from server.models.one_pass import OnePassConfig, OnePassModel
 from server.models.qwen2_5_vl import load
 from server.models.registry import UnknownModelError, load_model
+from server.models.tensors import CheckpointError
 from server.video.frames import Frames
 
 CPU = torch.device("cpu")
@@ -149,6 +149,6 @@ def test_a_folder_is_known_by_its_type(reference: Reference, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="compressor"):
         load_model("tiny", compressor="pool")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    for name in (str(tmp_path), "no/such/folder"):
-        with pytest.raises(UnknownModelError, match=r"tiny.*qwen2_5_vl"):
-            load_model(name)
+    for name, words in ((str(tmp_path), r"tiny.*qwen2_5_vl"), ("no/such/folder", "no folder")):
+        with pytest.raises(UnknownModelError, match=words):
+            load_model(name, device="cpu")

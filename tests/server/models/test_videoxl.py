@@ -10,8 +10,6 @@ import torch
 
 from compression.mixed import MixedCache
 from server.models.base import PositionLimitError, Row, Turn
-from server.models.checkpoint import CheckpointError, load_decoder
-from server.models.decoder import Decoder, DecoderConfig
 from server.models.registry import DeviceError, UnknownModelError, load_model
 from server.models.videoxl import CompressionConfig, VideoXL
 from server.video.frames import Frames
@@ -101,45 +99,11 @@ def test_two_models_that_differ_have_two_fingerprints(tiny: VideoXL) -> None:
 
 
 def test_a_model_that_nobody_knows_and_a_device_that_is_not_there() -> None:
-    with pytest.raises(UnknownModelError, match="tiny"):
-        load_model("no/such-model")
+    with pytest.raises(UnknownModelError, match="no such model"):
+        load_model("no such model")
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="CUDA"):
             load_model("tiny", device="cuda")
-
-
-CONFIG = DecoderConfig(
-    vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, head_dim=4, rotary_dim=4,
-)  # fmt: skip
-
-
-def checkpoint() -> dict[str, torch.Tensor]:
-    state = Decoder(CONFIG).state_dict()
-    return {(name if name == "lm_head.weight" else f"model.{name}"): tensor for name, tensor in state.items()}
-
-
-def test_missing_vst_weights_are_copied_from_the_plain_ones() -> None:
-    tensors = {name: tensor for name, tensor in checkpoint().items() if "beacon" not in name}
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
-    decoder = load_decoder(CONFIG, tensors, eos_id=7)
-    attention = decoder.layers[1].self_attn
-    assert torch.equal(attention.beacon_k_proj.bias, attention.k_proj.bias)
-    assert torch.equal(decoder.beacon_embed_tokens.weight[0], decoder.embed_tokens.weight[7])
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"model.norm.weight": None}, "norm.weight"),
-        ({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}, "layers.9.mlp.up_proj.weight"),
-        ({"model.norm.weight": torch.zeros(3)}, "norm.weight"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_names_the_tensor(change: dict[str, torch.Tensor | None], named: str) -> None:
-    tensors = {name: tensor for name, tensor in (checkpoint() | change).items() if tensor is not None}
-    with pytest.raises(CheckpointError, match=named):
-        load_decoder(CONFIG, tensors)
 
 
 @pytest.mark.parametrize(("mode", "num_low"), [("exact", 9), ("high-memory", 0), ("recent-1", 1), ("recent-2", 2)])
