@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from compression.compressor import RawChunk, join
 from compression.kv import ChunkKV

@@ -113,6 +113,10 @@ class PatchTower(nn.Module, ABC):
         """See :meth:`VisionTower.settings`."""
 
     @abstractmethod
+    def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> int:
+        """See :meth:`VisionTower.num_positions`."""
+
+    @abstractmethod
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """See :meth:`VisionTower.lay_out`."""
 

@@ -45,6 +45,12 @@ class Qwen25Tower(PatchTower):
     def settings(self) -> Qwen25Settings:
         return self._settings
 
+    def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> int:
+        """See :meth:`VisionTower.num_positions`."""
+        depth = self.patches.temporal_patch_size
+        last_s = (num_frames - 1) // depth * depth / fps
+        return max(*self.patches.size(width, height), int(last_s * self.settings.tokens_per_second + 1e-4) + 1)
+
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """See :meth:`VisionTower.lay_out`."""
         settings, device = self.settings, tokens.features.device

@@ -45,6 +45,12 @@ class Qwen3Tower(PatchTower):
     def settings(self) -> Qwen3Settings:
         return self._settings
 
+    def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> int:
+        """See :meth:`VisionTower.num_positions`; every time is counted as long as the last."""
+        text = self.settings.before.format(num_frames / fps) + self.settings.after
+        num_steps = -(-num_frames // self.patches.temporal_patch_size)
+        return num_steps * (len(self._ids(text)) + max(self.patches.size(width, height)))
+
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """See :meth:`VisionTower.lay_out`: a frame begins where the text before it ends, in time as well."""
         rows, columns = torch.arange(tokens.rows), torch.arange(tokens.columns)
