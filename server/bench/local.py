@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from compression.compressor import RawChunk, join
 from compression.kv import ChunkKV
@@ -136,8 +136,8 @@ class LocalVideo:
         return [self._to_device(kv) for kv in high.chunks]
 
     @cached_property
-    def features(self) -> list[Tensor]:
-        """The visual tokens of every chunk ``[n, hidden]``, decoded and encoded once more. Raises VideoError."""
+    def features(self) -> list[Any]:
+        """The visual tokens of every chunk, decoded and encoded once more. Raises VideoError."""
         return encode_video(self.model, self._path)
 
     @cached_property
@@ -278,11 +278,11 @@ class LocalVideo:
         return video.key
 
     def _to_device(self, kv: ChunkKV) -> ChunkKV:
-        return replace(kv, keys=kv.keys.to(self.model.device), values=kv.values.to(self.model.device))
+        return kv.to(self.model.device)
 
 
-def encode_video(model: VideoModel, path: Path) -> list[Tensor]:
-    """The visual tokens ``[n, hidden]`` of every chunk of a video file. Raises VideoError."""
+def encode_video(model: VideoModel, path: Path) -> list[Any]:
+    """The visual tokens of every chunk of a video file, as the model's prefill takes them. Raises VideoError."""
     size = model.spec.frames_per_chunk
     with VideoReader(path, Sampling(model.spec.fps), VideoLimits()) as reader:
         parts = [(model.preprocess(frames), frames.times_s) for frames in reader]

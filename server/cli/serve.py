@@ -17,6 +17,8 @@ from server.config import Settings, SettingsError, load_settings
 if TYPE_CHECKING:
     from server.models.base import ModelSpec, VideoModel
 
+_TYPICAL_PIXELS = 1280, 720
+
 
 def add_to(app: typer.Typer) -> None:
     """Registers the command."""
@@ -62,7 +64,8 @@ def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
     low_mb, high_mb = (nbytes / 1e6 for nbytes in _hour_nbytes(settings, spec, token_nbytes))
     chunk_s = spec.frames_per_chunk / spec.fps
     reload = spec.default_reload if settings.reload is None else settings.reload
-    modes = [f"{mode} up to {timedelta(seconds=int(most / spec.fps))}" for mode, most in model.prefill_modes]
+    longest = model.prefill_modes(*_TYPICAL_PIXELS, spec.fps)
+    modes = [f"{mode} up to {timedelta(seconds=int(most / spec.fps))}" for mode, most in longest]
     return {
         "model": f"{spec.name}, {num_parameters / 1e6:.1f} M parameters",
         "device": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",

@@ -301,10 +301,11 @@ def choose_mode(model: VideoModel, info: VideoInfo, sampling: Sampling) -> str:
 
     Raises VideoTooLarge, which tells what fits, where there is none.
     """
-    for mode, most in model.prefill_modes:
+    modes = model.prefill_modes(info.width, info.height, 1 / info.interval_s)
+    for mode, most in modes:
         if info.num_frames <= most:
             return mode
-    most = max(most for _, most in model.prefill_modes)
+    most = max(most for _, most in modes)
     raise VideoTooLarge(
         f"The video has {info.num_frames} sampled frames; {model.spec.name} has positions for at most {most}, "
         f"which are {most / sampling.fps:.1f} s at {sampling.fps:g} fps. Lower fps or set max_frames.",

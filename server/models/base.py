@@ -94,9 +94,6 @@ class VideoModel(ABC):
     """SHA-256 hex over weights, ratios, prefix, prefill modes and dtype: two models with one make the same KVs."""
     prefill_mode: str
     """What a chunk's prefill sees of the chunks before it; ``exact`` is as the method was published."""
-    prefill_modes: tuple[tuple[str, int], ...]
-    """``prefill_mode`` and the cheaper ones behind it, each with the most sampled frames that a video may have in it
-    before it needs more positions than there are."""
     end_ids: frozenset[int]
 
     @abstractmethod
@@ -111,6 +108,11 @@ class VideoModel(ABC):
     def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
         """Visual tokens of a chunk of frames of this size in pixels, before compression."""
         return num_frames * self.spec.tokens_per_frame
+
+    @abstractmethod
+    def prefill_modes(self, width: int, height: int, fps: float) -> tuple[tuple[str, int], ...]:
+        """``prefill_mode`` and the cheaper ones behind it, each with the most frames that a video of frames of this
+        size in pixels, sampled at ``fps``, may have in it before it needs more positions than there are."""
 
     @abstractmethod
     def prefix(self) -> ChunkKV:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +51,6 @@ class DecoderModel(VideoModel):
         self.dtype = decoder.embed_tokens.weight.dtype
         self.end_ids = prompt.end_ids
         self.prefill_mode = prefill_mode
-        self.prefill_modes = ((prefill_mode, sys.maxsize),)
         self._prefix: ChunkKV | None = None
 
     @torch.inference_mode()

@@ -54,6 +54,9 @@ class OneVisionTower(nn.Module):
         """See :meth:`VisionTower.num_tokens`."""
         return num_frames * self.settings.side**2
 
+    def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> None:
+        """See :meth:`VisionTower.num_positions`: contiguous."""
+
     def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
         """See :meth:`VisionTower.__call__`."""
         side, settings = self.settings.side, self.settings

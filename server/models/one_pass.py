@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from compression.cache import KVCache
-from compression.compressor import RawChunk, both_levels
+from compression.compressor import RawChunk, both_levels, num_kept
 from compression.kv import ChunkKV
 from compression.methods import COMPRESSORS
 from compression.score import Scorer
@@ -22,6 +24,8 @@ from server.models.decoder_model import DecoderModel, PromptConfig, stack
 from server.models.memory import Recent, num_low_in_memory
 from server.video.frames import Frames
 
+_MOST_FRAMES = 10_000_000
+"""Where the limit is never met, this is long enough."""
 _NUM_QUERIES = 16
 """Of a chunk's last tokens, for the compressors that look at what these attend to."""
 
@@ -95,6 +99,9 @@ class VisionTower(Protocol):
     def num_tokens(self, num_frames: int, width: int, height: int) -> int:
         """See :meth:`server.models.base.VideoModel.num_visual_tokens`."""
 
+    def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> int | None:
+        """Positions that a whole video takes, or a little more; None: contiguous, so those of its KV tokens."""
+
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """``start`` is the position of the video's first token, ``next_position`` the one behind the chunks before;
         ``last`` tells that no chunk follows."""
@@ -129,20 +136,47 @@ class OnePassModel(DecoderModel):
     def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
         return self.vision.num_tokens(num_frames, width, height)
 
+    def prefill_modes(self, width: int, height: int, fps: float) -> tuple[tuple[str, int], ...]:
+        modes: list[tuple[str, int]] = []
+        for mode in dict.fromkeys((self.prefill_mode, "high-memory")):
+            peaks = partial(self._num_positions, mode, width=width, height=height, fps=fps)
+            longest = bisect_right(range(_MOST_FRAMES), self.spec.max_positions, lo=1, key=peaks) - 1
+            if not modes or longest > modes[-1][1]:
+                modes.append((mode, longest))
+        return tuple(modes)
+
     def prefill(self, mode: str | None = None) -> OnePassPrefill:
-        return OnePassPrefill(self)
+        return OnePassPrefill(self, mode or self.prefill_mode)
+
+    def _num_positions(self, mode: str, num_frames: int, *, width: int, height: int, fps: float) -> int:
+        """Positions that the prefill of so many frames takes, at least one; it never falls as they grow more."""
+        num_prefix, size, config = len(self.prompt.prefix_ids), self.spec.frames_per_chunk, self.compression
+        taken = self.vision.num_positions(num_frames, width, height, fps)
+        if taken is not None:
+            return num_prefix + taken
+        num_before = (num_frames - 1) // size
+        chunk, end = (self.num_visual_tokens(n, width, height) for n in (size, num_frames - num_before * size))
+        most_low = num_low_in_memory(mode)
+
+        def memory(num_chunks: int) -> int:
+            num_low = num_chunks if most_low is None else min(num_chunks, most_low)
+            kept = (num_low, config.low_ratio), (num_chunks - num_low, config.high_ratio)
+            return num_prefix + sum(number * num_kept(chunk, ratio) for number, ratio in kept)
+
+        last = memory(num_before) + end + 1  # for a token that a family may put behind a video
+        return max(last, memory(num_before - 1) + chunk) if num_before else last
 
 
 class OnePassPrefill:
     """A chunk's pass runs over the compressed memory of the chunks before it, and over its own tokens uncompressed."""
 
-    def __init__(self, model: OnePassModel) -> None:
+    def __init__(self, model: OnePassModel, mode: str) -> None:
         self._model = model
         prefix = model.prefix()
         self._memory = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
         self._memory.append(prefix)
         self._start = self._memory.next_position
-        self._recent = Recent(num_low_in_memory(model.prefill_mode))
+        self._recent = Recent(num_low_in_memory(mode))
 
     @torch.inference_mode()
     def append(self, features: VisualTokens, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
@@ -164,18 +198,18 @@ class OnePassPrefill:
         model, memory = self._model, self._memory
         layout = model.vision.lay_out(tokens, self._start, memory.next_position, last=last)
         window, visual = _arrange(tokens, layout, memory)
-        positions, stop = layout.positions, layout.next_position
+        positions = layout.positions
         if positions is None:
-            stop = memory.next_position + len(window.embeddings)
-            positions = torch.arange(memory.next_position, stop, device=model.device)
-        if stop is not None and stop > model.spec.max_positions:
+            start = memory.next_position
+            positions = torch.arange(start, start + len(window.embeddings), device=model.device)
+        if int(positions.max()) >= model.spec.max_positions:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
         _, projected = model.decoder([window])
         kv = stack(projected, None, "low", 1)
         if layout.positions is not None:
-            kv = replace(kv, positions=positions.to(torch.int32)[:, None, None], next_position=stop)
+            kv = replace(kv, positions=positions.to(torch.int32)[:, None, None], next_position=layout.next_position)
         asking = visual.nonzero()[-_NUM_QUERIES:, 0]
         raw = RawChunk(
             kv=kv.take(visual),

@@ -19,9 +19,10 @@ from server.models.one_pass import Layout, VisualTokens
 from server.video.errors import VideoUnsupported
 from server.video.frames import Frames
 
-_FRAME_TOKENS = 128, 134
-"""Least and most visual tokens of two frames. The most is what Qwen's own preprocessing leaves a long video (1.05 times
-the least), whatever this one's length: a frame's size must not depend on how many follow."""
+FRAME_TOKENS = 128, 134
+"""Least and most visual tokens of one step in time. The most is what Qwen2.5-VL's published preprocessing leaves a long
+video (1.05 times the least), whatever this one's length: a frame's size must not depend on how many follow. What a
+folder says of sizes does not count: it is about images, or about a whole video."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +40,24 @@ class Patches:
     std: tuple[float, float, float]
 
     @classmethod
-    def read(cls, folder: Path, vision: Any, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Self:
-        """``vision`` is the configuration of the vision tower; ``mean`` and ``std`` the family's, unless the folder's
-        preprocessing says otherwise. Frame sizes are taken only from a configuration made for videos."""
+    def read(
+        cls,
+        folder: Path,
+        vision: Any,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        frame_tokens: tuple[int, int],
+    ) -> Self:
+        """``vision`` is the configuration of the vision tower; ``mean`` and ``std`` are the family's, unless the folder
+        says otherwise; ``frame_tokens`` as in FRAME_TOKENS."""
         factor = vision.patch_size * vision.spatial_merge_size
-        own, found = _read_video_preprocessing(folder), read_preprocessing(folder)
-        size: dict[str, int] = own.get("size") or {}
-        least, most = (tokens * factor**2 for tokens in _FRAME_TOKENS)
+        found = read_preprocessing(folder)
         return cls(
             vision.patch_size,
             vision.spatial_merge_size,
             vision.temporal_patch_size,
-            size.get("shortest_edge", least),
-            size.get("longest_edge", most),
+            frame_tokens[0] * factor**2,
+            frame_tokens[1] * factor**2,
             tuple(found.get("image_mean") or mean),
             tuple(found.get("image_std") or std),
         )
@@ -107,6 +113,10 @@ class PatchTower(nn.Module, ABC):
         """See :meth:`VisionTower.settings`."""
 
     @abstractmethod
+    def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> int:
+        """See :meth:`VisionTower.num_positions`."""
+
+    @abstractmethod
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """See :meth:`VisionTower.lay_out`."""
 
@@ -138,12 +148,9 @@ class PatchTower(nn.Module, ABC):
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
     """How a folder says that frames are to be preprocessed, or else images; empty if it does not say."""
-    return _read_video_preprocessing(folder) or _read_json(folder / "preprocessor_config.json")
-
-
-def _read_video_preprocessing(folder: Path) -> dict[str, Any]:
     combined: dict[str, Any] = _read_json(folder / "processor_config.json").get("video_processor") or {}
-    return _read_json(folder / "video_preprocessor_config.json") or combined
+    video = _read_json(folder / "video_preprocessor_config.json") or combined
+    return video or _read_json(folder / "preprocessor_config.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from server.models import chatml
 from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
-from server.models.patches import Patches, PatchTower
+from server.models.patches import FRAME_TOKENS, Patches, PatchTower
 from server.models.transformers_decoder import read_rope
 from server.models.transformers_folder import TransformersFolder
 
@@ -45,6 +45,12 @@ class Qwen25Tower(PatchTower):
     def settings(self) -> Qwen25Settings:
         return self._settings
 
+    def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> int:
+        """See :meth:`VisionTower.num_positions`."""
+        depth = self.patches.temporal_patch_size
+        last_s = (num_frames - 1) // depth * depth / fps
+        return max(*self.patches.size(width, height), int(last_s * self.settings.tokens_per_second + 1e-4) + 1)
+
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """See :meth:`VisionTower.lay_out`."""
         settings, device = self.settings, tokens.features.device
@@ -66,11 +72,12 @@ def load(
     dtype: torch.dtype,
     compression: OnePassConfig,
     text_behind: Literal["video", "frame"] = "video",
+    frame_tokens: tuple[int, int] = FRAME_TOKENS,
 ) -> OnePassModel:
     """The model in ``folder``, in transformers' layout. Raises CheckpointError."""
     content = TransformersFolder.load(folder, device, dtype)
     vision = content.model.config.vision_config
-    patches = Patches.read(folder, vision, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
+    patches = Patches.read(folder, vision, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), frame_tokens)
     tower = Qwen25Tower(content.model.model.visual, Qwen25Settings(patches, vision.tokens_per_second, text_behind))
     rope = read_rope(content.model.config.get_text_config(), (16, 24, 24), "sectioned")
     return content.assemble(name, tower, rope, compression, prefix=_PREFIX, template=_TEMPLATE)

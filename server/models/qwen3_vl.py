@@ -13,7 +13,7 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 
 from server.models import chatml
 from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
-from server.models.patches import Patches, PatchTower
+from server.models.patches import FRAME_TOKENS, Patches, PatchTower
 from server.models.transformers_decoder import read_rope
 from server.models.transformers_folder import TransformersFolder
 
@@ -44,6 +44,12 @@ class Qwen3Tower(PatchTower):
     @property
     def settings(self) -> Qwen3Settings:
         return self._settings
+
+    def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> int:
+        """See :meth:`VisionTower.num_positions`; every time is counted as long as the last."""
+        text = self.settings.before.format(num_frames / fps) + self.settings.after
+        num_steps = -(-num_frames // self.patches.temporal_patch_size)
+        return num_steps * (len(self._ids(text)) + max(self.patches.size(width, height)))
 
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """See :meth:`VisionTower.lay_out`: a frame begins where the text before it ends, in time as well."""
@@ -80,12 +86,19 @@ def _text(start: int, size: int) -> Tensor:
 
 
 def load(
-    folder: Path, name: str, *, device: torch.device, dtype: torch.dtype, compression: OnePassConfig
+    folder: Path,
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    compression: OnePassConfig,
+    frame_tokens: tuple[int, int] = FRAME_TOKENS,
 ) -> OnePassModel:
     """The model in ``folder``, in transformers' layout. Raises CheckpointError."""
     content = TransformersFolder.load(folder, device, dtype)
     inner, config = content.model.model, content.model.config
-    patches = Patches.read(folder, config.vision_config, tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD))
+    mean, std = tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD)
+    patches = Patches.read(folder, config.vision_config, mean, std, frame_tokens)
     embed_tokens = inner.language_model.embed_tokens
     tower = Qwen3Tower(inner.visual, Qwen3Settings(patches), content.tokenizer, embed_tokens)
     rope = read_rope(config.get_text_config(), (24, 20, 20), "interleaved")

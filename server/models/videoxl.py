@@ -54,10 +54,10 @@ class VideoXL(DecoderModel):
         super().__init__(spec, decoder, prompt, tokenizer, scorer, compression.prefill_mode)
         self.encoder = encoder
         self.compression = compression
-        self.prefill_modes = self._prefill_modes()
+        self._modes = self._longest_videos()
         modules = [module.extra_repr() for module in (decoder, encoder) if isinstance(module, nn.Module)]
         # With the modes and their reach, a key stands for one mode: the same video always gets the same.
-        self.fingerprint = self._fingerprint(spec, compression, self.prefill_modes, prompt, self.dtype, modules)
+        self.fingerprint = self._fingerprint(spec, compression, self._modes, prompt, self.dtype, modules)
 
     def preprocess(self, frames: Frames) -> Tensor:
         return self._encoder().preprocess(frames)
@@ -69,7 +69,10 @@ class VideoXL(DecoderModel):
     def prefill(self, mode: str | None = None) -> VideoXLPrefill:
         return VideoXLPrefill(self, mode or self.compression.prefill_mode)
 
-    def _prefill_modes(self) -> tuple[tuple[str, int], ...]:
+    def prefill_modes(self, width: int, height: int, fps: float) -> tuple[tuple[str, int], ...]:
+        return self._modes
+
+    def _longest_videos(self) -> tuple[tuple[str, int], ...]:
         modes: list[tuple[str, int]] = []
         for mode in dict.fromkeys((self.prefill_mode, "high-memory")):
             compression = replace(self.compression, prefill_mode=mode)

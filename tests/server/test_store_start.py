@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from redis_servers import RedisServer, free_port
+from tiny_transformers import save_qwen2_5_vl
 
 from kvstore import envelope
 from kvstore.errors import InvalidStoreURL
@@ -107,6 +108,17 @@ def test_a_url_that_may_be_shown():
         assert without_password(url) == url
     with pytest.raises(InvalidStoreURL):
         open_store("redis://user:p@ss@/1")
+
+
+def test_the_compressor_reaches_the_model(tmp_path):
+    save_qwen2_5_vl(tmp_path)
+    folder = {"store": "memory://", "model": str(tmp_path), "device": "cpu"}
+    backend = open_backend(load_settings(**folder, compressor="keydiff", high_ratio=9))
+    backend.close()
+    assert (backend.model.compression.compressor, backend.model.spec.high_ratio) == ("keydiff", 9)
+    for wrong in ({**folder, "compressor": "magic"}, {"store": "memory://", "compressor": "keydiff"}):
+        with pytest.raises(ValueError, match="compressor"):
+            open_backend(load_settings(**wrong))
 
 
 def test_the_prefill_mode_reaches_the_model():

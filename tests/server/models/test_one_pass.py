@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_transformers import NUM_NEW, QUESTIONS, SAVE, VIDEOS, ask, prefill, prompt
+from tiny_transformers import FRAME_TOKENS, NUM_NEW, QUESTIONS, SAVE, VIDEOS, ask, noise, prefill, prompt
 from transformers import PreTrainedModel
 
 from compression.kv import ChunkKV
 from compression.methods import COMPRESSORS
 from compression.mixed import MixedCache
 from kvstore import codec
+from server.models.base import PositionLimitError
 from server.models.one_pass import OnePassConfig, OnePassModel
 from server.video.frames import Frames
 
@@ -30,11 +32,12 @@ class Family:
 
     def load(self, **options: Any) -> OnePassModel:
         given = {"low_ratio": 1, "high_ratio": 1, **options}
-        # The rule of the installed transformers, which its generate must agree with.
-        follow = {"text_behind": "frame"} if self.name == "qwen2_5_vl" else {}
+        own = {} if self.name == "llava_onevision" else {"frame_tokens": FRAME_TOKENS}
+        if self.name == "qwen2_5_vl":
+            own["text_behind"] = "frame"  # the rule of the installed transformers, and so of its generate
         load = import_module(f"server.models.{self.name}").load
         place = {"device": torch.device("cpu"), "dtype": torch.float32}
-        model: OnePassModel = load(self.folder, "tiny", **place, compression=OnePassConfig(**given), **follow)
+        model: OnePassModel = load(self.folder, "tiny", **place, compression=OnePassConfig(**given), **own)
         return model
 
 
@@ -155,3 +158,22 @@ def test_the_prefill_mode_is_what_a_pass_sees_and_restoring_goes_on_alike(
         assert same(kv, expected)
     for kv, expected in zip(by_hand.append(tokens, last=True), pairs[2], strict=True):
         torch.testing.assert_close(kv.keys, expected.keys, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prefill_mode", ["exact", "recent-2", "high-memory"])
+def test_the_longest_video_of_every_mode_fits_and_a_longer_one_does_not(family: Family, prefill_mode: str) -> None:
+    model = family.load(low_ratio=2, high_ratio=6, prefill_mode=prefill_mode)
+    model.spec = replace(model.spec, frames_per_chunk=4, max_positions=150)
+    modes = model.prefill_modes(100, 60, 1.0)
+    assert modes[0][0] == prefill_mode
+    contiguous = family.name == "llava_onevision"
+    assert len(modes) == 1 + (contiguous and prefill_mode != "high-memory"), "only there does a mode save positions"
+    for mode, most in modes:
+        for num_frames, fits in ((most, True), (most + 4, False)):
+            frames = noise(num_frames, 100, 60)
+            run = model.prefill(mode)
+            with contextlib.nullcontext() if fits else pytest.raises(PositionLimitError):
+                for start in range(0, num_frames, 4):
+                    part = Frames(frames.pixels[start : start + 4], frames.times_s[start : start + 4])
+                    tokens = model.encode(model.preprocess(part), part.times_s)
+                    run.append(tokens, last=start + 4 >= num_frames)

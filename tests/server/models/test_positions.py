@@ -81,5 +81,5 @@ def prefill_all(model: VideoXL, num_frames: int) -> None:
 
 
 def test_a_model_has_the_modes_in_which_more_fits(model: VideoXL) -> None:
-    (first, exact), (second, cheaper) = model.prefill_modes
+    (first, exact), (second, cheaper) = model.prefill_modes(320, 240, 1.0)
     assert (first, second) == ("exact", "high-memory") and exact < cheaper

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_transformers import (
+    FRAME_TOKENS,
     NUM_NEW,
     PATCH,
     QUESTIONS,
     VIDEOS,
-    VISUAL_TOKENS,
     ask,
     noise,
     prefill,
@@ -36,7 +36,8 @@ CPU = torch.device("cpu")
 
 def load_here(folder: Path, text_behind: Literal["video", "frame"] = "video", **compression: Any) -> OnePassModel:
     config = OnePassConfig(**compression)
-    return load(folder, "tiny-qwen", device=CPU, dtype=torch.float32, compression=config, text_behind=text_behind)
+    options = {"text_behind": text_behind, "frame_tokens": FRAME_TOKENS}
+    return load(folder, "tiny-qwen", device=CPU, dtype=torch.float32, compression=config, **options)
 
 
 @dataclass
@@ -84,7 +85,8 @@ def test_text_stands_behind_the_whole_video(reference: Reference, frames: Frames
 def test_preprocessing_is_the_image_processors(reference: Reference, width: int, height: int) -> None:
     """It doubles a still image; so two equal frames must come out as it makes one."""
     model, frames = reference.load(), noise(1, width, height)
-    processor = Qwen2VLImageProcessorPil(patch_size=PATCH, size=dict(VISUAL_TOKENS))
+    least, most = (tokens * (2 * PATCH) ** 2 for tokens in FRAME_TOKENS)
+    processor = Qwen2VLImageProcessorPil(patch_size=PATCH, size={"shortest_edge": least, "longest_edge": most})
     expected = processor(images=[frames.pixels[0]], return_tensors="pt")
     twice = Frames(frames.pixels.repeat(2, axis=0), np.array([0.0, 1.0]))
     patches, grid = model.vision.patches.flatten(model.preprocess(twice))
