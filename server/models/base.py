@@ -27,7 +27,7 @@ class PositionLimitError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One text turn of a conversation. The video stands before all turns (the stored prefix is fixed per model)."""
+    """One text turn of a conversation. Videos and images stand before all turns (the prefix is fixed per model)."""
 
     role: Role
     text: str
@@ -58,10 +58,14 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence of a forward pass: ``ids`` [n] int64 on the model's device, to be appended to ``cache``."""
+    """One sequence of a forward pass: ``ids`` [n] int64 on the model's device, to be appended to ``cache``.
+
+    ``image``, as :meth:`VideoModel.encode` made it, goes before them; ``ids`` may then be empty.
+    """
 
     ids: Tensor
     cache: MixedCache
+    image: Tensor | None = None
 
 
 class Prefill(Protocol):
@@ -103,6 +107,10 @@ class VideoModel(ABC):
     def encode(self, pixels: Tensor, times_s: NDArray) -> Tensor:  # type: ignore[type-arg]
         """Preprocessed frames and their times in seconds -> visual tokens [T * tokens_per_frame, hidden]."""
 
+    def num_image_tokens(self, pixels: Tensor) -> int:
+        """Positions that an image, preprocessed as a single frame, takes in a prompt: all its tokens. Thread-safe."""
+        return len(pixels) * self.spec.tokens_per_frame
+
     @abstractmethod
     def prefix(self) -> ChunkKV:
         """The KV of the fixed text before the video, at ratio 1 (the "sink")."""
@@ -117,7 +125,7 @@ class VideoModel(ABC):
 
     @abstractmethod
     def forward(self, rows: Sequence[Row]) -> Tensor:
-        """Appends every row's tokens to its cache; float32 logits [rows, vocab] of the rows' last tokens."""
+        """Appends every row's image and tokens to its cache; float32 logits [rows, vocab] of the rows' last tokens."""
 
     @abstractmethod
     def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:

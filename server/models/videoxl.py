@@ -133,9 +133,9 @@ class VideoXL(VideoModel):
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Tensor:
-        windows = [Window(self.decoder.embed_tokens(row.ids), row.cache) for row in rows]
+        windows = [Window(self._embed(row), row.cache) for row in rows]
         hidden, _ = self.decoder(windows)
-        sizes = [len(row.ids) for row in rows]
+        sizes = [len(window.embeddings) for window in windows]
         for row, size in zip(rows, sizes, strict=True):
             row.cache.advance(size)
         return self.decoder.logits(hidden[torch.tensor(sizes).cumsum(0) - 1])
@@ -152,6 +152,11 @@ class VideoXL(VideoModel):
         shape = (spec.num_layers, spec.num_kv_heads, 0, spec.head_dim)
         empty = torch.empty(shape, dtype=self.dtype, device=self.device)
         return ChunkKV(empty, empty, "prefix", 1)
+
+    def _embed(self, row: Row) -> Tensor:
+        embeddings: Tensor = self.decoder.embed_tokens(row.ids)
+        # An image is never compressed: its tokens go through the plain projections, as text does.
+        return embeddings if row.image is None else torch.cat([row.image, embeddings])
 
     def _plain(self, text: str) -> str:
         """A client's text may name special tokens, but never makes one."""
