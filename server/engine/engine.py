@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from compression.kv import ChunkKV
 from kvstore.base import Store
@@ -32,6 +33,7 @@ from server.engine.residency import Residency
 from server.engine.scheduler import Scheduler
 from server.engine.video import Video
 from server.models.base import VideoModel
+from server.video.frames import Frames
 
 _log = logging.getLogger(__name__)
 
@@ -121,6 +123,10 @@ class Engine:
             self._thread.join()
         self._reads.close()
         self._writers.shutdown()
+
+    def preprocess(self, image: Frames) -> Tensor:
+        """An image, given as a single frame, as a Request takes it. From any thread."""
+        return self._model.preprocess(image)
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None]) -> None:
         """Takes a request. ``on_delta`` is called from the engine thread and must not block; its last call gets a final
