@@ -40,8 +40,11 @@ def read_image(data: bytes, max_pixels: int) -> Frames:
         raise _too_large("these", max_pixels) from None
     except UnidentifiedImageError:
         raise ImageError(f"not an image in a known format ({', '.join(FORMATS)})", "invalid_image") from None
-    # What Pillow's decoders raise where bytes are missing or damaged.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+    except (ImageError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # Pillow raises nearly anything where bytes are missing or damaged: struct.error, TypeError
         raise ImageError("the image is cut off or damaged", "image_damaged") from error
     return Frames(pixels[None], np.zeros(1))
 
