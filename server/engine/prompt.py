@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class Prompt:
     def encode(self) -> None:
         """Has the model look at the images, unless it has; before the first piece is read."""
         for pixels in self._images[len(self._encoded) :]:
-            self._encoded.append(self._model.encode(pixels, np.zeros(len(pixels))))
+            self._encoded.append(self._model.encode_image(pixels))
 
     @property
     def at_last(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -60,7 +61,7 @@ class ModelSpec:
 class Row:
     """One sequence of a forward pass: ``ids`` [n] int64 on the model's device, to be appended to ``cache``.
 
-    ``image``, as :meth:`VideoModel.encode` made it, goes before them; ``ids`` may then be empty.
+    ``image``, as :meth:`VideoModel.encode_image` made it, goes before them; ``ids`` may then be empty.
     """
 
     ids: Tensor
@@ -108,8 +109,12 @@ class VideoModel(ABC):
         """Preprocessed frames and their times in seconds -> visual tokens [T * tokens_per_frame, hidden]."""
 
     def num_image_tokens(self, pixels: Tensor) -> int:
-        """Positions that an image, preprocessed as a single frame, takes in a prompt: all its tokens. Thread-safe."""
+        """How many tokens an image, preprocessed as a single frame, takes in a prompt. Thread-safe."""
         return len(pixels) * self.spec.tokens_per_frame
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """An image, preprocessed as a single frame, as :class:`Row` takes it: what a frame at 0 s is."""
+        return self.encode(pixels, np.zeros(len(pixels)))
 
     @abstractmethod
     def prefix(self) -> ChunkKV:
