@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
 import openai
 import pytest
@@ -38,9 +40,11 @@ def stored(file_id: str) -> dict[str, Any]:
     return {"type": "file", "file": {"file_id": file_id}}
 
 
-def image(colour: str = "red", kind: str = "PNG", **options: Any) -> dict[str, Any]:
+def image(content: str | Image.Image = "red", kind: str = "PNG", **options: Any) -> dict[str, Any]:
+    """A picture, or one of a single colour."""
     buffer = io.BytesIO()
-    Image.new("RGB", (64, 48), colour).save(buffer, kind)
+    picture = Image.new("RGB", (64, 48), content) if isinstance(content, str) else content
+    picture.save(buffer, kind)
     url = f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url, **options}}
 
@@ -127,7 +131,7 @@ def test_the_videos_are_waited_for_together(live: Live, client: openai.OpenAI, v
 
 def test_images_with_and_without_a_video(client: openai.OpenAI, live: Live, file_id: str) -> None:
     listed = [file.id for file in client.files.list()]
-    tokens = live.backend.model.spec.tokens_per_frame
+    tokens = 6  # four visual ones, and a VST behind every second
     for parts in ([], [stored(file_id)]):
         plain = complete(client, [user(*parts)])
         for shown in (
@@ -139,6 +143,19 @@ def test_images_with_and_without_a_video(client: openai.OpenAI, live: Live, file
             assert reply.usage.prompt_tokens_details == plain.usage.prompt_tokens_details
             assert ("x2l" in reply.to_dict()) == bool(parts)
     assert [file.id for file in client.files.list()] == listed
+
+
+def test_the_model_reads_what_an_image_shows(client: openai.OpenAI, video: Path) -> None:
+    """A code that stands in one frame of a video, from that frame alone."""
+    exam = json.loads(video.with_suffix(".json").read_text())["questions"]
+    code = next(one for one in exam if one["type"] == "code")
+    middle_s = (code["start_s"] + code["end_s"]) / 2
+    with av.open(str(video)) as container:
+        frame = next(frame for frame in container.decode(video=0) if frame.time >= middle_s)
+    part = image(frame.to_image(), "JPEG")
+    content = [part, {"type": "text", "text": code["question"]}]
+    reply = complete(client, [{"role": "user", "content": content}])
+    assert reply.choices[0].message.content == code["answer"]
 
 
 def test_text_alone_over_many_turns(client: openai.OpenAI) -> None:

@@ -243,7 +243,7 @@ def test_images_stand_between_video_and_text(
     assert torch.equal(spy.of(), generate(model, mixed, images))
     assert not same(spy.of()[:1], generate(model, mixed, images[::-1])[:1])
     assert not same(spy.of()[:1], generate(model, mixed)[:1])
-    num_images = 2 * model.spec.tokens_per_frame
+    num_images = 2 * model.num_image_tokens(images[0])
     assert outcome.prompt_tokens == outcome.mixed_tokens + num_images + len(ids_of(model))
     assert outcome.cached_tokens == outcome.mixed_tokens
     assert sorted(driver.store.keys()) == stored  # nothing of them is kept
