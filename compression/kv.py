@@ -46,6 +46,12 @@ class ChunkKV:
         positions = None if self.positions is None else self.positions.to(device)
         return replace(self, keys=self.keys.to(device), values=self.values.to(device), positions=positions)
 
+    def moved(self, by: int) -> ChunkKV:
+        """The same ``by`` positions further on (all axes), as behind another video; it must bring its positions."""
+        if self.positions is None or self.next_position is None:
+            raise ValueError("tokens without positions of their own stand where they are put")
+        return replace(self, positions=self.positions + by, next_position=self.next_position + by)
+
     def followed_by(self, other: ChunkKV) -> ChunkKV:
         """The tokens of both, and ``next_position`` of ``other``; both bring positions, or neither does."""
         pairs = ((self.keys, other.keys), (self.values, other.values))

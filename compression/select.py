@@ -23,6 +23,7 @@ class Dial:
     """How much to re-load. At most one of the first four is set; with none, the model's default ``reload`` applies.
 
     ``budget_tokens`` bounds the whole mixed cache with its prefix. ``start_s`` and ``end_s`` limit the candidates.
+    With several videos the chunks are numbered through, and each has its own clock.
     """
 
     reload: int | None = None
@@ -60,7 +61,8 @@ class CacheSizes:
 def select(
     scores: Sequence[float], dial: Dial, chunks: Sequence[Chunk], sizes: CacheSizes, *, default_reload: int
 ) -> Selection:
-    """Applies ``dial`` to one score per chunk. Ties go to the earlier chunk.
+    """Applies ``dial`` to one score per chunk, of one video or of several, one behind the other. Ties go to the earlier
+    chunk.
 
     Raises SelectionError: a chunk out of range, a budget below the all-H cache, an empty or reversed time range.
     """
@@ -107,9 +109,10 @@ def _in_range(dial: Dial, chunks: Sequence[Chunk]) -> set[int]:
     end_s = float("inf") if dial.end_s is None else dial.end_s
     if start_s >= end_s:
         raise SelectionError("start_s must lie before end_s", "end_s" if dial.start_s is None else "start_s")
-    inside = {chunk.index for chunk in chunks if chunk.overlaps(start_s, end_s)}
+    inside = {index for index, chunk in enumerate(chunks) if chunk.overlaps(start_s, end_s)}
     if not inside:
-        raise SelectionError(f"start_s is {start_s:g}, but the video ends at {chunks[-1].end_s:g} s", "start_s")
+        last_s = max(chunk.end_s for chunk in chunks)
+        raise SelectionError(f"start_s is {start_s:g}, but the video ends at {last_s:g} s", "start_s")
     return inside
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -100,19 +100,24 @@ class ResidentPool:
         make room, VideoTooLarge when nothing could; either way nothing is evicted.
         """
         with self._lock:
-            resident = self._videos.get(key)
-            if resident is None:
-                resident = _Resident(kv, kv.nbytes)
-                self._make_room(resident.nbytes)
-                self._videos[key] = resident
-                self._nbytes += resident.nbytes
-            return self._lease(key, resident)
+            return self._lease_all([key], {key: kv})[0]
 
     def lease(self, key: KVKey) -> Lease | None:
         """None if ``key`` is not resident."""
+        leases = self.lease_all([key], {})
+        return None if leases is None else leases[0]
+
+    def lease_all(self, keys: Sequence[KVKey], loaded: Mapping[KVKey, HighKV]) -> list[Lease] | None:
+        """Leases on all of ``keys``, or on none: None if one is neither resident nor in ``loaded``, which becomes
+        resident as in :meth:`put`.
+
+        Whoever needs several videos must take them at once: two that each held one and waited for another's room would
+        wait for ever. Raises as :meth:`put` does.
+        """
         with self._lock:
-            resident = self._videos.get(key)
-            return None if resident is None else self._lease(key, resident)
+            if any(key not in self._videos and key not in loaded for key in keys):
+                return None
+            return self._lease_all(keys, loaded)
 
     def discard(self, key: KVKey) -> bool:
         """Forgets ``key``; whether it was resident. Leases on it stay good, and its bytes go with the last of them."""
@@ -138,17 +143,28 @@ class ResidentPool:
             if any(resident.num_leases < 0 for resident in held) or not all(r.num_leases for r in self._discarded):
                 raise PoolError("a video was released more often than leased")
 
-    def _make_room(self, nbytes: int) -> None:
+    def _lease_all(self, keys: Sequence[KVKey], loaded: Mapping[KVKey, HighKV]) -> list[Lease]:
+        new = {key: _Resident(kv, kv.nbytes) for key, kv in loaded.items() if key not in self._videos}
+        self._make_room(sum(resident.nbytes for resident in new.values()), set(keys))
+        for key, resident in new.items():
+            self._videos[key] = resident
+            self._nbytes += resident.nbytes
+        return [self._lease(key, self._videos[key]) for key in keys]
+
+    def _make_room(self, nbytes: int, spared: Set[KVKey]) -> None:
         if self._budget_nbytes is None:
             return
-        if nbytes > self._budget_nbytes:
-            raise VideoTooLarge(f"a video's H-KVs take {nbytes} bytes, the device pool has {self._budget_nbytes}")
+        together = nbytes + sum(resident.nbytes for key, resident in self._videos.items() if key in spared)
+        if together > self._budget_nbytes:
+            raise VideoTooLarge(
+                f"the H-KVs that are needed together take {together} bytes, the device pool has {self._budget_nbytes}"
+            )
         excess = self._nbytes + nbytes - self._budget_nbytes
         victims = []
         for key, resident in self._videos.items():
             if excess <= 0:
                 break
-            if not resident.num_leases:
+            if not resident.num_leases and key not in spared:
                 victims.append(key)
                 excess -= resident.nbytes
         if excess > 0:

@@ -62,11 +62,15 @@ class VideoStore:
         return HighKV(kvs[0], tuple(kvs[1:]))
 
     def read_low(self, key: KVKey, indices: Sequence[int]) -> list[ChunkKV | MissingBlob | CorruptBlob]:
-        """The L-KVs of the chunks ``indices``, in that order, on the CPU.
+        """The L-KVs of the chunks ``indices``, in that order, on the CPU; see :meth:`read_low_of`."""
+        return self.read_low_of([(key, index) for index in indices])
+
+    def read_low_of(self, chunks: Sequence[tuple[KVKey, int]]) -> list[ChunkKV | MissingBlob | CorruptBlob]:
+        """The L-KVs of chunks of any videos, each by key and index, in one read, on the CPU.
 
         In the place of one that cannot be read stands the error that says why, so that the others still serve.
         """
-        return self._read([key.low(index) for index in indices])
+        return self._read([key.low(index) for key, index in chunks])
 
     def read_chunk(self, key: KVKey, index: int) -> tuple[ChunkKV, ChunkKV] | None:
         """A chunk's L-KV and H-KV, on the CPU, whether or not the video is committed; None unless all that

@@ -73,6 +73,10 @@ class Settings(BaseSettings):
 
     max_upload_bytes: ByteSize = Field(ByteSize(4 * 2**30), ge=1, description="Largest uploaded file.")
     max_inline_bytes: ByteSize = Field(ByteSize(64 * 2**20), ge=1, description="Largest video inside a chat message.")
+    max_videos: int = Field(4, ge=1, description="Most different videos in one request.")
+    max_images: int = Field(8, ge=0, description="Most images in one request.")
+    max_image_bytes: ByteSize = Field(ByteSize(20 * 2**20), ge=1, description="Largest image inside a chat message.")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="Largest image, width times height.")
     max_duration_s: float = Field(4 * 3600.0, gt=0, description="Longest video.")
     max_pixels: int = Field(4096 * 2304, ge=1, description="Largest frame, width times height.")
     max_frames: int = Field(20_000, ge=1, description="Most frames sampled from one video.")

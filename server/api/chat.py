@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
+from torch import Tensor
 
 from compression.select import Dial
 from server.api import sse
@@ -17,9 +18,11 @@ from server.api.answer import Answer, unless_disconnected
 from server.api.context import Context, Services, Tenant
 from server.api.errors import ApiError, bad_request
 from server.api.failures import api_error
+from server.api.images import see
 from server.api.inline import ingest
 from server.api.messages import Conversation, parse_messages
 from server.api.schemas import ChatRequest
+from server.api.sources import Source
 from server.api.unsupported import refuse_unsupported
 from server.engine.request import Outcome, Request, SamplingParams
 
@@ -36,12 +39,20 @@ async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: 
     conversation = parse_messages(body.messages)
     params = _sampling_params(body, services)
     dial = _dial(body, conversation)
-    file_id = await unless_disconnected(http, _file_id(body, conversation, services, tenant))
+    _limit("videos", conversation.videos, services.settings.max_videos)
+    _limit("images", conversation.images, services.settings.max_images)
+    images, file_ids = await unless_disconnected(http, _media(body, conversation, services, tenant))
     reply = _Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model)
-    answer = Answer(
-        services.engine,
-        Request(id=reply.id, turns=conversation.turns, params=params, file_id=file_id, tenant=tenant, dial=dial),
+    request = Request(
+        id=reply.id,
+        turns=conversation.turns,
+        params=params,
+        file_ids=file_ids,
+        tenant=tenant,
+        dial=dial,
+        images=images,
     )
+    answer = Answer(services.engine, request)
     await answer.start()
     try:
         if not body.stream:
@@ -93,30 +104,58 @@ def _dial(body: ChatRequest, conversation: Conversation) -> Dial:
     if body.x2l is None:
         return Dial()
     asked = body.x2l.model_dump(exclude_none=True)
-    if asked and conversation.video is None:
+    if asked and not conversation.videos:
         raise bad_request("x2l needs a video in the messages", param="x2l")
+    for name in ("chunks", "start_s", "end_s"):
+        if name in asked and len(conversation.videos) > 1:
+            raise bad_request(
+                f"x2l.{name} does not tell which of the {len(conversation.videos)} videos is meant: ask about one of "
+                "them, or use reload, budget_tokens or mode",
+                param=f"x2l.{name}",
+                code="ambiguous_video",
+            )
     if "chunks" in asked:
         asked["chunks"] = tuple(asked["chunks"])
     return Dial(**asked)
 
 
-async def _file_id(body: ChatRequest, conversation: Conversation, services: Services, tenant: str) -> str | None:
-    video = conversation.video
+def _limit(what: str, sources: Sequence[Source], most: int) -> None:
+    if len(sources) > most:
+        raise bad_request(
+            f"At most {most} {what} are allowed in one request, and this one has {len(sources)}",
+            param=sources[most].param,
+            code=f"too_many_{what}",
+        )
+
+
+async def _media(
+    body: ChatRequest, conversation: Conversation, services: Services, tenant: str
+) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """The images, and the files of the videos; videos inside the request become files only if all images are good."""
+    images = await see(services, conversation.images)
+    return images, await _file_ids(body, conversation, services, tenant)
+
+
+async def _file_ids(body: ChatRequest, conversation: Conversation, services: Services, tenant: str) -> tuple[str, ...]:
     kwargs = body.media_io_kwargs.video if body.media_io_kwargs else None
-    if video is None or video.is_stored:
+    if all(video.is_stored for video in conversation.videos):
         if kwargs is not None and (kwargs.fps is not None or kwargs.num_frames is not None):
             raise bad_request(
                 "media_io_kwargs applies to videos inside the request; a stored one was sampled at its upload",
                 param="media_io_kwargs.video",
             )
-        return video.location if video else None
+        return tuple(video.location for video in conversation.videos)
     sampling = services.sampling(
         None if kwargs is None or kwargs.fps == -1 else kwargs.fps,
         None if kwargs is None or kwargs.num_frames == -1 else kwargs.num_frames,
         fps_param="media_io_kwargs.video.fps",
         frames_param="media_io_kwargs.video.num_frames",
     )
-    return await ingest(services, video, sampling, tenant)
+    file_ids = [
+        video.location if video.is_stored else await ingest(services, video, sampling, tenant)
+        for video in conversation.videos
+    ]
+    return tuple(dict.fromkeys(file_ids))  # the same bytes may have come in two ways
 
 
 async def _events(answer: Answer, reply: _Reply, *, with_usage: bool) -> AsyncIterator[bytes]:
@@ -128,7 +167,7 @@ async def _events(answer: Answer, reply: _Reply, *, with_usage: bool) -> AsyncIt
                 yield sse.event(reply.chunk({"content": delta.text}) | usage)
             if delta.outcome is not None:
                 last = reply.chunk({}, delta.finish_reason)
-                if delta.outcome.file_id is not None:
+                if delta.outcome.files:
                     last["x2l"] = _evidence(delta.outcome)
                 yield sse.event(last | usage)
                 if with_usage:
@@ -160,7 +199,7 @@ class _Reply:
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
         whole = self.head("chat.completion") | {"choices": [choice], "usage": _usage(outcome)}
-        if outcome.file_id is not None:
+        if outcome.files:
             whole["x2l"] = _evidence(outcome)
         return whole
 
@@ -175,11 +214,20 @@ def _usage(outcome: Outcome) -> dict[str, Any]:
 
 
 def _evidence(outcome: Outcome) -> dict[str, Any]:
-    """The response's ``x2l`` object."""
+    """The response's ``x2l`` object. What tells several files apart is left out where there is one."""
+    several = len(outcome.files) > 1
+    files = [{"file_id": file.file_id, "num_chunks": file.num_chunks} for file in outcome.files]
     return {
-        "file_id": outcome.file_id,
+        "file_id": outcome.files[0].file_id,
+        **({"files": files} if several else {}),
         "evidence": [
-            {"chunk": item.chunk, "start_s": item.start_s, "end_s": item.end_s, "score": item.score}
+            {
+                **({"file_id": item.file_id} if several else {}),
+                "chunk": item.chunk,
+                "start_s": item.start_s,
+                "end_s": item.end_s,
+                "score": item.score,
+            }
             for item in outcome.evidence
         ],
         "scores": list(outcome.scores),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +17,20 @@ from server.engine.uploads import Uploads
 from server.models.base import ModelSpec
 from server.video.reader import Sampling
 
+_IMAGES_AT_ONCE = 2
+
 
 @dataclass
 class Services:
-    """One per application. ``spool`` is the folder for files on their way in; ``stopping`` ends endless streams."""
+    """One per application. ``spool`` is the folder for files on their way in; ``stopping`` ends endless streams, and
+    ``image_slots`` bounds the memory of large images."""
 
     settings: Settings
     engine: Engine
     uploads: Uploads
     spec: ModelSpec
     spool: Path
+    image_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_IMAGES_AT_ONCE))
     stopping: bool = False
     started_at: int = field(default_factory=lambda: int(time.time()))
 

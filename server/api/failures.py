@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 
 from compression.select import SelectionError
-from kvstore.errors import QuotaExceeded, StoreError, StoreFull
+from kvstore.errors import QuotaExceeded, StoreError, StoreFull, VideoTooLarge
 from server.api.errors import NO_RETRY, ApiError, bad_request, file_not_found
 from server.engine.errors import (
     Cancelled,
@@ -51,6 +51,8 @@ def api_error(error: Exception) -> ApiError:
         return bad_request(str(error), param=f"x2l.{error.param}")
     if isinstance(error, ContextLengthExceeded | PositionLimitError):
         return bad_request(str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, VideoTooLarge):
+        return bad_request(str(error), param="messages", code="video_too_large")
     if isinstance(error, FileNotFound):
         return file_not_found(error.file_id)
     if isinstance(error, UploadNotFound):

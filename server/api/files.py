@@ -197,7 +197,7 @@ async def relevance(
         id=f"relevance-{uuid.uuid4().hex}",
         turns=(Turn("user", body.question),),
         params=SamplingParams(temperature=0.0, max_tokens=1),
-        file_id=file_id,
+        file_ids=(file_id,),
         tenant=tenant,
         dial=Dial(),
         generate=False,

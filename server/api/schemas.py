@@ -59,8 +59,26 @@ class VideoPart(_Open):
     video: str | VideoReference
 
 
+class ImageUrl(_Open):
+    """An image: its bytes as a data: URL, or a URL. There is one resolution, so ``detail`` changes nothing."""
+
+    url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+class ImageUrlPart(_Open):
+    """OpenAI's image part."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class Dials(_Closed):
-    """The request's ``x2l`` object: how much to re-load."""
+    """The request's ``x2l`` object: how much to re-load.
+
+    With several videos ``reload`` and ``budget_tokens`` are shared by all of them, and ``chunks``, ``start_s`` and
+    ``end_s``, which would not tell whose they are, are refused.
+    """
 
     reload: int | None = Field(None, ge=0)
     budget_tokens: int | None = Field(None, ge=1)

@@ -233,7 +233,7 @@ class LocalVideo:
                 id=f"bench-{next(self._ids)}",
                 turns=(Turn("user", text),),
                 params=SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS),
-                file_id=self._record.id,
+                file_ids=(self._record.id,),
                 tenant="",
                 dial=dial,
                 generate=generate,

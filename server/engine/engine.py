@@ -12,26 +12,28 @@ from contextlib import suppress
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from compression.kv import ChunkKV
 from kvstore.base import Store
-from kvstore.errors import CorruptBlob, DamagedVideo, MissingBlob, PoolError, PoolFull, StoreError, StoreUnavailable
+from kvstore.errors import CorruptBlob, MissingBlob, StoreError
 from kvstore.key import KVKey
-from kvstore.manifest import Manifest
-from kvstore.resident import HighKV, ResidentPool
+from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
 from server.engine.batch import draw
-from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, VideoFailed, reply_to
+from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, reply_to
 from server.engine.ingest import Ingest
 from server.engine.library import Library
 from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
 from server.engine.question import Phase, Question
-from server.engine.reads import Reads, Result
+from server.engine.reads import Reads
 from server.engine.request import Delta, Request
+from server.engine.residency import Residency
 from server.engine.scheduler import Scheduler
 from server.engine.video import Video
 from server.models.base import VideoModel
+from server.video.frames import Frames
 
 _log = logging.getLogger(__name__)
 
@@ -61,8 +63,6 @@ class Engine:
         self._idle = threading.Event()  # nothing in flight
         self._idle.set()
         self._stopped = False
-        self._pool_queue: list[tuple[Question, Callable[[Question], None]]] = []
-        """Questions whose H-KVs have no room in the pool before a lease ends."""
         self.library = Library(
             model,
             store,
@@ -74,6 +74,16 @@ class Engine:
             on_change=lambda key: self._inbox.put(partial(self._video_changed, key)),
             on_delete=lambda file_id: self._inbox.put(partial(self._file_deleted, file_id)),
             wake=lambda: self._inbox.put(lambda: None),
+        )
+        self._residency = Residency(
+            self.library,
+            self._videos,
+            self._pool,
+            self._reads,
+            options,
+            model.device,
+            attempt=self._attempt,
+            is_open=lambda: self._open,
         )
         self.metrics = EngineMetrics(
             in_flight=lambda: len(self._in_flight),
@@ -114,6 +124,14 @@ class Engine:
         self._reads.close()
         self._writers.shutdown()
 
+    @property
+    def takes_images(self) -> bool:
+        return self._model.takes_images
+
+    def preprocess(self, image: Frames) -> Tensor:
+        """An image, given as a single frame, as a Request takes it. From any thread."""
+        return self._model.preprocess(image)
+
     def submit(self, request: Request, on_delta: Callable[[Delta], None]) -> None:
         """Takes a request. ``on_delta`` is called from the engine thread and must not block; its last call gets a final
         Delta, and there is one whatever happens.
@@ -123,12 +141,15 @@ class Engine:
         """
         options = self._options
         question = Question(request, on_delta, self._model, options)
-        if request.file_id is not None:
-            question.video = self.library.video(request.file_id, request.tenant)
-        video = self._find_video(question)
-        manifest = None if video is None else video.manifest
-        if manifest is not None:
-            question.check(manifest)
+        for file_id in request.file_ids:
+            video = self.library.video(file_id, request.tenant)
+            if video is None:
+                raise FileNotFound(file_id)
+            question.videos[file_id] = video
+        self._residency.find(question)
+        manifests = [video.manifest for video in question.videos.values() if video.manifest is not None]
+        if manifests and len(manifests) == len(question.videos):
+            question.check(manifests)
         with self._lock:
             if not self.ready:
                 raise ShuttingDown("the server is shutting down")
@@ -170,7 +191,7 @@ class Engine:
                 while not self._stopped:
                     busy = self.step()
                     if not busy:
-                        self._check_pool()
+                        self._residency.check_pool()
                     with suppress(queue.Empty):
                         self._inbox.get(block=not busy, timeout=self._reads.time_left_s())()
                         while not self._stopped:
@@ -186,27 +207,6 @@ class Engine:
             self._fail(question, error)
         self.library.close()  # if not closed before: other replicas may go on with its prefills
 
-    def _check_pool(self) -> None:
-        """Whether the books balance, in an idle moment."""
-        try:
-            self._pool.check_integrity()
-        except PoolError as error:
-            _log.error("the device pool: %s", error)
-
-    def _find_video(self, question: Question) -> Video | None:
-        """From any thread: the video that is asked about, if any, as far as is known without asking the store.
-
-        Raises FileNotFound, VideoFailed.
-        """
-        file_id, video = question.request.file_id, question.video
-        if file_id is None:
-            return None
-        if video is None or not self.library.seen(file_id):
-            raise FileNotFound(file_id)
-        if video.error is not None and video.manifest is None:
-            raise VideoFailed(file_id, video.error)
-        return video
-
     def _enter(self, question: Question) -> None:
         if question.phase is not Phase.ENDED:  # cancelled before it came in
             self._scheduler.add(question)
@@ -216,87 +216,19 @@ class Engine:
             self._attempt(question, self._begin)
 
     def _begin(self, question: Question) -> None:
-        """Gives a question a slot, or lets it wait for its video without one."""
-        video = self._find_video(question)
-        if video is None:
+        """Gives a question a slot, or lets it wait for its videos without one."""
+        if question.videos:
+            self._residency.begin(question)
+        else:
             question.read_text_only(self._model.prefix())
             question.phase = Phase.PREFILL
-            return
-        job, manifest = video.job, video.manifest  # in this order: a manifest is set before its job goes
-        if manifest is not None:
-            question.check(manifest)
-            self._lease(question, video, manifest)
-        elif not self._open:
-            raise ShuttingDown("the server is shutting down")
-        elif job is not None:
-            if job.failing_s > self._options.load_timeout_s:
-                raise StoreUnavailable("the prefill that was asked about waits for the store")
-            question.phase = Phase.WAITING
-        else:
-            self._heal(question, video, manifest)
-
-    def _lease(self, question: Question, video: Video, manifest: Manifest) -> None:
-        question.lease = self._pool.lease(video.key)
-        if question.lease is not None:
-            question.phase = Phase.SCORE
-        else:
-            question.phase = Phase.LOADING
-            work = partial(self._videos.read_high, video.key)
-            self._read(question, work, partial(self._loaded, video, manifest), self._options.load_timeout_s)
-        self.library.note_use(str(question.request.file_id))
-
-    def _read(
-        self,
-        question: Question,
-        work: Callable[[], Result],
-        then: Callable[[Question, Future[Result]], None],
-        timeout_s: float,
-    ) -> None:
-        """Has ``work`` done on another thread, then ``then`` on this one unless the question has ended."""
-
-        def done(future: Future[Result]) -> None:
-            self._attempt(question, lambda question: then(question, future))
-
-        self._reads.submit(work, done, timeout_s)
-
-    def _loaded(self, video: Video, manifest: Manifest, question: Question, future: Future[HighKV | None]) -> None:
-        try:
-            high = future.result()
-        except DamagedVideo as error:
-            _log.warning("a video is damaged: %s", error)
-            high = None
-        if high is None:
-            self._heal(question, video, manifest)
-        else:
-            self._reside(video.key, high, question)
-
-    def _reside(self, key: KVKey, high: HighKV, question: Question) -> None:
-        """Puts H-KVs read from the store into the pool, now or when there is room."""
-        self._find_video(question)  # it may have been deleted while it was read
-        try:
-            question.lease = self._pool.put(key, high.to(self._model.device))
-        except PoolFull:
-            self._pool_queue.append((question, partial(self._reside, key, high)))
-        else:
-            question.phase = Phase.SCORE
-
-    def _heal(self, question: Question, video: Video, manifest: Manifest | None) -> None:
-        """What ``manifest`` promises is gone or damaged: has the video prefilled again, if that is possible."""
-        if question.healed:
-            raise VideoFailed(str(question.request.file_id), "its KVs cannot be read from the store")
-        question.healed = True
-        self.library.heal(video, manifest)
-        question.phase = Phase.QUEUED  # to look again
 
     def _video_changed(self, key: KVKey) -> None:
-        for question in self._scheduler:
-            if question.phase is Phase.WAITING and question.video is not None and question.video.key == key:
-                question.phase = Phase.QUEUED
-        self._retry_pool()  # the prefill has let go of its own lease
+        self._residency.video_changed(key, self._scheduler)
 
     def _file_deleted(self, file_id: str) -> None:
         for question in self._scheduler:
-            if question.request.file_id == file_id:
+            if file_id in question.videos:
                 self._fail(question, FileNotFound(file_id))
 
     def _end_waiting(self) -> None:
@@ -305,8 +237,7 @@ class Engine:
                 self._fail(question, ShuttingDown("the server is shutting down"))
 
     def _score(self, question: Question) -> None:
-        assert question.lease is not None and question.video is not None
-        if not question.score(question.lease.kv):
+        if not question.score():
             self._scheduler.postpone(question)
         elif not question.request.generate:
             self._emit(question, question.finish("stop"))
@@ -314,26 +245,31 @@ class Engine:
             question.phase = Phase.PREFILL
         else:
             question.phase = Phase.RELOADING
-            indices = sorted(question.selection.chunks)
-            work = partial(self._videos.read_low, question.video.key, indices)
-            self._read(question, work, partial(self._reloaded, indices), self._options.reload_timeout_s)
+            wanted = question.wanted()
+            self._reads.submit(
+                partial(self._videos.read_low_of, [(video.key, index) for _, video, index in wanted]),
+                lambda future: self._attempt(question, partial(self._reloaded, wanted, future)),
+                self._options.reload_timeout_s,
+            )
 
     def _reloaded(
-        self, indices: list[int], question: Question, future: Future[list[ChunkKV | MissingBlob | CorruptBlob]]
+        self,
+        wanted: list[tuple[int, Video, int]],
+        future: Future[list[ChunkKV | MissingBlob | CorruptBlob]],
+        question: Question,
     ) -> None:
         """An L-KV that cannot be read is no reason to fail: the H-KV is there."""
-        assert question.lease is not None and question.video is not None
         low: dict[int, ChunkKV] = {}
         try:
-            for index, kv in zip(indices, future.result(), strict=True):
+            for (place, video, _), kv in zip(wanted, future.result(), strict=True):
                 if isinstance(kv, ChunkKV):
-                    low[index] = kv
+                    low[place] = kv
                 else:
                     _log.warning("an H-KV stands in: %s", kv)
-                    self.library.repair(question.video)
+                    self.library.repair(video)
         except StoreError as error:
             _log.warning("H-KVs stand in: %s", error)
-        question.reload(question.lease.kv, low)
+        question.reload(low)
         question.phase = Phase.PREFILL
 
     def _prefill(self, ingest: Ingest) -> None:
@@ -390,9 +326,4 @@ class Engine:
             self._in_flight.pop(question.id, None)
             if not self._in_flight:
                 self._idle.set()
-        self._retry_pool()
-
-    def _retry_pool(self) -> None:
-        waiting, self._pool_queue = self._pool_queue, []
-        for other, retry in waiting:
-            self._attempt(other, retry)
+        self._residency.retry()

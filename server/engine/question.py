@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import enum
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from compression.chunk import Chunk
 from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from compression.select import CacheSizes, Selection, select
+from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import HighKV, Lease
 from server.engine.detokenize import Detokenizer, StopStrings
 from server.engine.errors import ContextLengthExceeded
 from server.engine.options import EngineOptions
-from server.engine.request import Delta, Evidence, FinishReason, Outcome, Request
+from server.engine.prompt import Prompt
+from server.engine.request import Delta, Evidence, FileChunks, FinishReason, Outcome, Request
 from server.engine.sampler import Sampler
 from server.engine.video import Video
 from server.models.base import Row, VideoModel
@@ -27,9 +29,9 @@ from server.models.base import Row, VideoModel
 class Phase(enum.Enum):
     """Where a question stands. From LOADING to DECODE it holds one of the slots."""
 
-    WAITING = enum.auto()  # its video is being prefilled
+    WAITING = enum.auto()  # a video of it is being prefilled
     QUEUED = enum.auto()  # for a slot
-    LOADING = enum.auto()  # its video's H-KVs come from the store
+    LOADING = enum.auto()  # its videos' H-KVs come from the store
     SCORE = enum.auto()
     RELOADING = enum.auto()  # the selected L-KVs come from the store
     PREFILL = enum.auto()
@@ -55,11 +57,12 @@ class Question:
         self.request = request
         self.on_delta = on_delta
         self.phase = Phase.QUEUED
-        self.video: Video | None = None
-        self.healed = False
-        """Whether its video was found damaged before: a second time is an error."""
-        self.lease: Lease | None = None
-        """On the video's H-KVs, while it runs."""
+        self.videos: dict[str, Video] = {}
+        """By the ids of the files in the request, in their order."""
+        self.healed: set[KVKey] = set()
+        """Which of them were found damaged before: a second time is an error."""
+        self.leases: Sequence[Lease] = ()
+        """On the videos' H-KVs, while it runs."""
         self.cache: MixedCache | None = None
         self.selection = Selection(())
         self.sampler = Sampler(request.params)
@@ -68,15 +71,16 @@ class Question:
         asked = request.params.max_tokens
         self._most_tokens = options.max_tokens if asked is None else min(asked, options.max_tokens)
         self._least_tokens = 1 if asked is None else self._most_tokens
-        self._prompt_ids = model.tokenize(request.turns)
-        self._num_read = 0
-        """Tokens of the prompt that the cache in use holds already."""
+        self._prompt = Prompt(model, request.turns, request.images, step=options.prompt_step)
         self._detokenizer = Detokenizer(model.tokenizer)
         self._stops = StopStrings(request.params.stop)
-        self._chunks: tuple[Chunk, ...] = ()
+        self._chunks: tuple[tuple[str, Chunk], ...] = ()
+        """Of all videos, one behind the other, each with its file's id."""
         self._sizes = CacheSizes(0, (), ())
         self._next_position: int | None = None
-        """Behind the video, where that does not follow from its size in tokens."""
+        """Behind the videos, where that does not follow from their size in tokens."""
+        self._shifts: dict[str, int] = {}
+        """How far a file's chunks stand from where they were prefilled; only where they bring their positions."""
         self._scores: tuple[float, ...] = ()
         self._degraded = False
         self._reload_nbytes = 0
@@ -90,16 +94,23 @@ class Question:
     def id(self) -> str:
         return self.request.id
 
-    def check(self, manifest: Manifest) -> None:
-        """Refuses what can be known to fail before anything is scored, and notes what the video is made of.
+    def check(self, manifests: Sequence[Manifest]) -> None:
+        """Refuses what can be known to fail before anything is scored, and notes what the videos are made of.
 
         Raises SelectionError, ContextLengthExceeded.
         """
-        records = manifest.records
+        files = zip(self.request.file_ids, manifests, strict=True)
+        self._chunks = tuple((file_id, record.chunk) for file_id, manifest in files for record in manifest.records)
+        records = [record for manifest in manifests for record in manifest.records]
         low, high = [record.num_low_tokens for record in records], [record.num_high_tokens for record in records]
-        self._chunks = tuple(record.chunk for record in records)
-        self._sizes = CacheSizes(manifest.num_prefix_tokens, low, high)
-        self._next_position = manifest.next_position
+        num_prefix = manifests[0].num_prefix_tokens
+        self._sizes = CacheSizes(num_prefix, low, high)
+        self._next_position = None
+        for file_id, manifest in zip(self.request.file_ids, manifests, strict=True):
+            if manifest.next_position is not None:
+                start = num_prefix if self._next_position is None else self._next_position
+                self._shifts[file_id] = start - num_prefix
+                self._next_position = manifest.next_position + start - num_prefix
         likely = self._select([0.0] * len(records))
         exact = self.request.dial.chunks is not None or self.request.dial.mode == "low"
         self._room(self._sizes.mixed(likely if exact else Selection(())))
@@ -109,27 +120,30 @@ class Question:
         self._sizes = CacheSizes(prefix.num_tokens, (), ())
         self._max_tokens = self._room(prefix.num_tokens)
         self._lap()
+        self._prompt.encode()
         self._assemble(prefix, [])
 
-    def score(self, high: HighKV) -> bool:
-        """Reads the next piece of the prompt over the H-KVs; with the last one scores the chunks and selects what to
-        re-load, and returns True. With nothing to re-load it is then ready to answer from the H-KVs.
+    def score(self) -> bool:
+        """Reads the next piece of the prompt over the H-KVs of all videos; with the last one scores the chunks and
+        selects what to re-load, and returns True. With nothing to re-load it is then ready to answer from the H-KVs.
 
         Raises SelectionError, ContextLengthExceeded.
         """
-        model = self._model
+        model, prompt, high = self._model, self._prompt, self._high
         if self.cache is None:
             self._lap()
+            prompt.encode()
             # It serves the answer too where nothing is re-loaded.
-            room = len(self._prompt_ids) + self._most_tokens
+            room = prompt.num_tokens + self._most_tokens
             self.cache = MixedCache(high.prefix, high.chunks, model.rope, room=min(room, model.spec.max_positions))
-        cache, piece = self.cache, self._piece()
-        if self._num_read + len(piece) < len(self._prompt_ids):
-            model.forward([Row(self._ids(piece), cache)])
-            self._num_read += len(piece)
+        cache, row = self.cache, prompt.row(self.cache)
+        if not prompt.at_last:
+            model.forward([row])
+            prompt.advance()
             return False
-        trace = model.trace(self._ids(piece), cache)
-        cache.length, self._num_read = cache.num_mixed, 0
+        trace = model.trace(row.ids, cache)
+        cache.length = cache.num_mixed
+        prompt.rewind()
         self._scores = tuple(model.scorer.score(trace, cache, high.chunks, model.rope).tolist())
         self.selection = self._select(self._scores)
         self._max_tokens = self._room(self._sizes.mixed(self.selection))
@@ -138,21 +152,29 @@ class Question:
             self.cache = None
         return True
 
-    def reload(self, high: HighKV, low: Mapping[int, ChunkKV]) -> None:
-        """Makes ready to answer: the selected chunks' L-KVs in ``low``, which were read from the store to the CPU, and
-        the H-KVs of the others and of those that could not be read."""
+    def wanted(self) -> list[tuple[int, Video, int]]:
+        """What is to be re-loaded, in the order of the cache: the chunk's place there, its video, its index in that."""
+        named = [(place, *self._chunks[place]) for place in sorted(self.selection.chunks)]
+        return [(place, self.videos[file_id], chunk.index) for place, file_id, chunk in named]
+
+    def reload(self, low: Mapping[int, ChunkKV]) -> None:
+        """Makes ready to answer: the selected chunks' L-KVs in ``low`` by place, which were read from the store to the
+        CPU, and the H-KVs of the others and of those that could not be read."""
+        high = self._high
         self._degraded = any(index not in low for index in self.selection.chunks)
         self._reload_nbytes = sum(kv.nbytes for kv in low.values())
         chunks = list(high.chunks)
-        for index, kv in low.items():
-            chunks[index] = kv.to(self._model.device)
+        for place, kv in low.items():
+            chunks[place] = self._placed(self._chunks[place][0], kv.to(self._model.device))
         self._assemble(high.prefix, chunks)
         self._ms["reload"] = self._lap()
 
     def row(self) -> Row:
         """What it puts into the next forward pass: the next piece of its prompt, or the token drawn last."""
         assert self.cache is not None
-        return Row(self._ids(self._piece() if self.phase is Phase.PREFILL else [self._last_token]), self.cache)
+        if self.phase is Phase.PREFILL:
+            return self._prompt.row(self.cache)
+        return Row(torch.tensor([self._last_token], device=self._model.device), self.cache)
 
     def accept(self, token: int) -> Delta:
         """Takes the token drawn for :meth:`row`; what the client gets to see of it, and the end if this was it.
@@ -160,8 +182,8 @@ class Question:
         A token drawn amid the prompt means nothing.
         """
         if self.phase is Phase.PREFILL:
-            self._num_read += len(self._piece())
-            if self._num_read < len(self._prompt_ids):
+            self._prompt.advance()
+            if not self._prompt.ended:
                 return Delta()
             self._ms["prefill"] = self._lap()
             self.phase = Phase.DECODE
@@ -187,14 +209,25 @@ class Question:
         """Lets go of all memory; nothing may follow."""
         self.phase = Phase.ENDED
         self.cache = None
-        if self.lease is not None:
-            self.lease.release()
-            self.lease = None
+        for lease in self.leases:
+            lease.release()
+        self.leases = ()
+
+    @property
+    def _high(self) -> HighKV:
+        """The H-KVs of all videos, one behind the other; the prefix is the model's, and so the same in each."""
+        files = list(zip(self.request.file_ids, (lease.kv for lease in self.leases), strict=True))
+        chunks = tuple(self._placed(file_id, chunk) for file_id, kv in files for chunk in kv.chunks)
+        return HighKV(files[0][1].prefix, chunks)
+
+    def _placed(self, file_id: str, kv: ChunkKV) -> ChunkKV:
+        shift = self._shifts.get(file_id, 0)
+        return kv.moved(shift) if shift else kv
 
     def _room(self, num_mixed: int) -> int:
         """Tokens that the answer may have behind a mixed cache of ``num_mixed``. Raises ContextLengthExceeded."""
         start = num_mixed if self._next_position is None else self._next_position
-        limit, used = self._model.spec.max_positions, start + len(self._prompt_ids)
+        limit, used = self._model.spec.max_positions, start + self._prompt.num_tokens
         if used + self._least_tokens > limit:
             raise ContextLengthExceeded(limit, used + self._least_tokens)
         return min(self._most_tokens, limit - used)
@@ -202,25 +235,18 @@ class Question:
     def _select(self, scores: Sequence[float]) -> Selection:
         own, models = self._options.default_reload, self._model.spec.default_reload
         default = models if own is None else own
-        dial = self.request.dial
-        chosen = select(scores, dial, self._chunks, self._sizes, default_reload=default)
+        dial, chunks = self.request.dial, [chunk for _, chunk in self._chunks]
+        chosen = select(scores, dial, chunks, self._sizes, default_reload=default)
         if dial.reload is None and dial.budget_tokens is None and dial.chunks is None and dial.mode in (None, "auto"):
             # Nobody asked for these: behind a very long video there may be room for fewer.
-            room = self._model.spec.max_positions - len(self._prompt_ids) - self._least_tokens
+            room = self._model.spec.max_positions - self._prompt.num_tokens - self._least_tokens
             while self._next_position is None and chosen.chunks and self._sizes.mixed(chosen) > room:
                 chosen = Selection(chosen.chunks[:-1])
         return chosen
 
     def _assemble(self, prefix: ChunkKV, chunks: Sequence[ChunkKV]) -> None:
-        room = len(self._prompt_ids) + self._max_tokens
+        room = self._prompt.num_tokens + self._max_tokens
         self.cache = MixedCache(prefix, chunks, self._model.rope, room=room)
-
-    def _piece(self) -> list[int]:
-        """The next tokens of the prompt, no more than one pass may take: a long one must not hold up the others."""
-        return self._prompt_ids[self._num_read : self._num_read + self._options.prompt_step]
-
-    def _ids(self, ids: list[int]) -> Tensor:
-        return torch.tensor(ids, device=self._model.device)
 
     def _lap(self) -> float:
         """Milliseconds since the last lap."""
@@ -228,12 +254,15 @@ class Question:
         return (self._lap_s - last_s) * 1000
 
     def _outcome(self) -> Outcome:
-        chosen = [(self._chunks[index], self._scores[index]) for index in self.selection.chunks]
+        chosen = [(*self._chunks[place], self._scores[place]) for place in self.selection.chunks]
+        counts = Counter(file_id for file_id, _ in self._chunks)
         sizes = self._sizes
         mixed = sizes.mixed(self.selection) if self.cache is None else self.cache.num_mixed
         return Outcome(
-            file_id=self.request.file_id,
-            evidence=tuple(Evidence(chunk.index, chunk.start_s, chunk.end_s, score) for chunk, score in chosen),
+            files=tuple(FileChunks(file_id, counts[file_id]) for file_id in self.request.file_ids),
+            evidence=tuple(
+                Evidence(file_id, chunk.index, chunk.start_s, chunk.end_s, score) for file_id, chunk, score in chosen
+            ),
             scores=self._scores,
             selection=self.selection.chunks,
             mixed_tokens=mixed,
@@ -245,7 +274,7 @@ class Question:
             prefill_ms=self._ms["prefill"],
             decode_ms=self._ms["decode"],
             reload_nbytes=self._reload_nbytes,
-            prompt_tokens=mixed + len(self._prompt_ids),
+            prompt_tokens=mixed + self._prompt.num_tokens,
             completion_tokens=self._num_tokens,
             cached_tokens=mixed,
         )

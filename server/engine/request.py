@@ -1,9 +1,11 @@
-"""What goes into the engine and what comes out: plain values, no HTTP and no tensors."""
+"""What goes into the engine and what comes out: plain values (an image's pixels are the one tensor), no HTTP."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import Tensor
 
 from compression.select import Dial
 from server.models.base import Turn
@@ -28,21 +30,28 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question. ``file_id`` None is a text-only question; ``generate`` False asks for the relevance alone."""
+    """One question about the videos in ``file_ids``, in this order; without any it is a text-only question.
+
+    ``images`` are what :meth:`VideoModel.preprocess` makes of them, one frame each; the model sees them behind the
+    videos and before the turns. ``generate`` False asks for the relevance alone. A dial's ``chunks`` are numbered
+    through all videos, its times are those of each video.
+    """
 
     id: str
     turns: tuple[Turn, ...]
     params: SamplingParams
-    file_id: str | None
+    file_ids: tuple[str, ...]
     tenant: str
     dial: Dial
     generate: bool = True
+    images: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A chunk that was re-loaded, with its relevance score."""
+    """A chunk that was re-loaded, with its relevance score. ``chunk`` is its index in its own file."""
 
+    file_id: str
     chunk: int
     start_s: float
     end_s: float
@@ -50,16 +59,25 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class FileChunks:
+    """A file that was asked about, and how many of the scores are its chunks'."""
+
+    file_id: str
+    num_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What is known of a request once it has ended well.
 
+    ``files`` are those asked about, in their order in the cache. ``scores`` has one a chunk of all of them, in that
+    order, and ``selection`` the chosen places in it; ``evidence`` tells the same with files and times, best first.
     ``mixed_tokens``, ``low_tokens`` and ``high_tokens`` are the KV tokens of the cache that was used, of the all-L and
-    of the all-H cache, each with the prefix. ``selection`` holds the chosen chunks and ``evidence`` the same with
-    their times, best first. ``degraded`` tells that an H-KV stood in for an L-KV that could not be read.
-    ``prompt_tokens`` counts the mixed cache and the prompt, ``cached_tokens`` the part that was not recomputed.
+    of the all-H cache, each with the prefix. ``degraded`` tells that an H-KV stood in for an L-KV that could not be
+    read. ``prompt_tokens`` counts the mixed cache, images and prompt, ``cached_tokens`` the part not recomputed.
     """
 
-    file_id: str | None
+    files: tuple[FileChunks, ...]
     evidence: tuple[Evidence, ...]
     scores: tuple[float, ...]
     selection: tuple[int, ...]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,7 +28,7 @@ class PositionLimitError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One text turn of a conversation. The video stands before all turns (the stored prefix is fixed per model)."""
+    """One text turn of a conversation. Videos and images stand before all turns (the prefix is fixed per model)."""
 
     role: Role
     text: str
@@ -58,10 +59,14 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence of a forward pass: ``ids`` [n] int64 on the model's device, to be appended to ``cache``."""
+    """One sequence of a forward pass: ``ids`` [n] int64 on the model's device, to be appended to ``cache``.
+
+    ``image``, as :meth:`VideoModel.encode_image` made it, goes before them; ``ids`` may then be empty.
+    """
 
     ids: Tensor
     cache: MixedCache
+    image: Tensor | None = None
 
 
 class Prefill(Protocol):
@@ -95,6 +100,8 @@ class VideoModel(ABC):
     prefill_mode: str
     """What a chunk's prefill sees of the chunks before it; ``exact`` is as the method was published."""
     end_ids: frozenset[int]
+    takes_images: bool = True
+    """Whether a :class:`Row` may hold an image."""
 
     @abstractmethod
     def preprocess(self, frames: Frames) -> Tensor:
@@ -114,6 +121,15 @@ class VideoModel(ABC):
         """``prefill_mode`` and the cheaper ones behind it, each with the most frames that a video of frames of this
         size in pixels, sampled at ``fps``, may have in it before it needs more positions than there are."""
 
+    def num_image_tokens(self, pixels: Tensor) -> int:
+        """How many tokens an image, preprocessed as a single frame, takes in a prompt. Thread-safe."""
+        return len(pixels) * self.spec.tokens_per_frame
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """An image, preprocessed as a single frame, as :class:`Row` takes it: what a frame at 0 s is."""
+        seen: Tensor = self.encode(pixels, np.zeros(len(pixels)))
+        return seen
+
     @abstractmethod
     def prefix(self) -> ChunkKV:
         """The KV of the fixed text before the video, at ratio 1 (the "sink")."""
@@ -128,7 +144,7 @@ class VideoModel(ABC):
 
     @abstractmethod
     def forward(self, rows: Sequence[Row]) -> Tensor:
-        """Appends every row's tokens to its cache; float32 logits [rows, vocab] of the rows' last tokens."""
+        """Appends every row's image and tokens to its cache; float32 logits [rows, vocab] of the rows' last tokens."""
 
     @abstractmethod
     def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:

@@ -72,9 +72,9 @@ class DecoderModel(VideoModel):
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Tensor:
-        windows = [Window(self.decoder.embed_tokens(row.ids), row.cache) for row in rows]
+        windows = [self._window(row) for row in rows]
         hidden, _ = self.decoder(windows)
-        sizes = [len(row.ids) for row in rows]
+        sizes = [len(window.embeddings) for window in windows]
         for row, size in zip(rows, sizes, strict=True):
             row.cache.advance(size)
         return self.decoder.logits(hidden[torch.tensor(sizes).cumsum(0) - 1])
@@ -91,6 +91,12 @@ class DecoderModel(VideoModel):
         shape = (spec.num_layers, spec.num_kv_heads, 0, spec.head_dim)
         empty = torch.empty(shape, dtype=self.dtype, device=self.device)
         return ChunkKV(empty, empty, "prefix", 1)
+
+    def _window(self, row: Row) -> Window:
+        """A row as the decoder takes it. Whoever takes images puts them in here."""
+        if row.image is not None:
+            raise TypeError(f"{self.spec.name} takes no images")
+        return Window(self.decoder.embed_tokens(row.ids), row.cache)
 
     def _plain(self, text: str) -> str:
         """A client's text may name special tokens, but never makes one."""

@@ -110,6 +110,8 @@ class VisionTower(Protocol):
 class OnePassModel(DecoderModel):
     """A model of transformers' own classes, or any other whose layers :class:`LanguageModel` can run."""
 
+    takes_images = False
+
     def __init__(
         self,
         spec: ModelSpec,

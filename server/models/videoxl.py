@@ -15,7 +15,7 @@ from compression.cache import KVCache
 from compression.interleave import interleave
 from compression.kv import ChunkKV, Level
 from compression.score import Scorer
-from server.models.base import ModelSpec, PositionLimitError
+from server.models.base import ModelSpec, PositionLimitError, Row
 from server.models.compression_config import CompressionConfig
 from server.models.decoder import Decoder, Window
 from server.models.decoder_model import DecoderModel, PromptConfig, stack
@@ -80,6 +80,35 @@ class VideoXL(DecoderModel):
             if not modes or longest > modes[-1][1]:
                 modes.append((mode, longest))
         return tuple(modes)
+
+    def num_image_tokens(self, pixels: Tensor) -> int:
+        """All visual tokens, and a VST behind every ``low_ratio`` of them."""
+        num_visual = super().num_image_tokens(pixels)
+        return num_visual if self.compression.low_ratio == 1 else len(self._image_vsts(num_visual))
+
+    def place_vsts(self, features: Tensor, is_vst: Tensor) -> Tensor:
+        """Visual tokens ``[n, hidden]`` and VSTs where ``is_vst`` [window] is True -> the window's embeddings."""
+        window = features.new_empty((len(is_vst), features.shape[1]))
+        window[~is_vst] = features
+        window[is_vst] = self.decoder.beacon_embed_tokens.weight[0]
+        return window
+
+    def _window(self, row: Row) -> Window:
+        embeddings: Tensor = self.decoder.embed_tokens(row.ids)
+        if row.image is None:
+            return Window(embeddings, row.cache)
+        if self.compression.low_ratio == 1:
+            return Window(torch.cat([row.image, embeddings]), row.cache)
+        # Nothing of an image is compressed away. VSTs stand among its visual tokens all the same: a model that has
+        # only ever answered from VSTs cannot read plain ones (the bundled one does not even notice them).
+        is_vst = self._image_vsts(len(row.image)).to(row.image.device)
+        image = self.place_vsts(row.image, is_vst)
+        return Window(
+            torch.cat([image, embeddings]), row.cache, torch.nn.functional.pad(is_vst, (0, len(row.ids)), value=False)
+        )
+
+    def _image_vsts(self, num_visual: int) -> Tensor:
+        return interleave(num_visual, self.compression.low_ratio, 0, close=True)[0]
 
     def _encoder(self) -> FrameEncoder:
         if self.encoder is None:
@@ -150,9 +179,7 @@ class VideoXLPrefill:
         window, is_vst = features, self._place_vsts(state, len(features), ratio)
         if is_vst is not None:
             is_vst = is_vst.to(features.device)
-            window = features.new_empty((len(is_vst), features.shape[1]))
-            window[~is_vst] = features
-            window[is_vst] = model.decoder.beacon_embed_tokens.weight[0]
+            window = model.place_vsts(features, is_vst)
         if state.memory.length + len(window) > model.spec.max_positions:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"

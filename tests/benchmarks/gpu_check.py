@@ -100,7 +100,7 @@ def ask_all(
             answers.append(Answer())
             turns = (Turn("user", question["question"]),)
             params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-            engine.submit(Request(str(number), turns, params, ids[video.seed], "", Dial()), answers[-1].on_delta)
+            engine.submit(Request(str(number), turns, params, (ids[video.seed],), "", Dial()), answers[-1].on_delta)
         texts = [answer.wait() for answer in answers]
         ended_s = time.monotonic()
     finally:

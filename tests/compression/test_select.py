@@ -41,6 +41,16 @@ def test_a_time_range_limits_the_candidates_of_every_dial() -> None:
     assert chosen(chunks=(0, 5), end_s=16.0) == (0,)
 
 
+def test_chunks_of_several_videos_are_numbered_through() -> None:
+    chunks = [Chunk(index % 3, 16.0 * (index % 3), 16.0 * (index % 3 + 1), 16) for index in range(6)]
+    for dial, expected in (
+        (Dial(mode="low"), (5, 1, 3, 2, 0, 4)),
+        (Dial(chunks=(5, 0)), (5, 0)),
+        (Dial(reload=3, start_s=16.0, end_s=32.0), (1, 4)),
+    ):
+        assert select(SCORES, dial, chunks, SIZES, default_reload=3).chunks == expected
+
+
 @pytest.mark.parametrize(
     ("dial", "param"),
     [

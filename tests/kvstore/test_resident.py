@@ -78,6 +78,30 @@ def test_no_room_evicts_nothing(make):
     lease.release()
 
 
+def test_several_are_leased_together_or_not_at_all(make):
+    kv = make.high((4, 2, 2))
+    pool = ResidentPool(3 * kv.nbytes)
+    keys = [make.key(name) for name in range(5)]
+    pool.put(keys[0], kv).release()
+    assert pool.lease_all(keys[:2], {}) is None
+    assert pool.num_leases == 0
+    held = pool.put(keys[2], kv)
+    pool.put(keys[3], kv).release()
+    with pytest.raises(PoolFull):
+        pool.lease_all([keys[0], keys[1], keys[4]], {keys[1]: kv, keys[4]: kv})
+    with pytest.raises(VideoTooLarge):
+        pool.lease_all([keys[0], keys[1], keys[2], keys[4]], {keys[1]: kv, keys[4]: kv})
+    assert [key in pool for key in keys] == [True, False, True, True, False]
+    assert pool.num_leases == 1
+    # Not the least recently used one goes, because it is among those that are wanted.
+    leases = pool.lease_all([keys[0], keys[1]], {keys[1]: kv})
+    assert [key in pool for key in keys] == [True, True, True, False, False]
+    for lease in (*leases, held):
+        lease.release()
+    assert pool.num_leases == 0
+    pool.check_integrity()
+
+
 def test_a_second_put_keeps_what_is_there(make):
     first, second = make.high(), make.high()
     pool = ResidentPool()

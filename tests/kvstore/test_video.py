@@ -45,6 +45,8 @@ def test_round_trip(videos, make, dtype):
     assert make.same(read[0], lows[2])
     assert make.same(read[1], lows[0])
     assert videos.read_low(key, []) == []
+    of_any = videos.read_low_of([(key, 2), (make.key(1), 0), (key, 0)])
+    assert make.same(of_any[0], read[0]) and make.same(of_any[2], read[1]) and isinstance(of_any[1], MissingBlob)
     assert videos.thumbnail(key, 1) == b"jpeg 1"
     assert videos.thumbnail(key, 3) is None
 

@@ -37,8 +37,8 @@ STORED = {"type": "file", "file": {"file_id": "file-1"}}
 )
 def test_every_way_to_name_a_video(part: dict[str, Any], location: str) -> None:
     conversation = parse(user(part, TEXT))
-    assert conversation.video is not None
-    assert conversation.video.location.startswith(location)
+    (video,) = conversation.videos
+    assert video.location.startswith(location)
     assert conversation.turns == (Turn("user", "why?"),)
 
 
@@ -58,7 +58,22 @@ def test_turns_keep_their_order_and_the_video_may_stand_early() -> None:
 
 
 def test_the_same_video_twice_is_one_video() -> None:
-    assert parse(user(STORED, TEXT), {"role": "assistant", "content": "a"}, user(STORED, TEXT)).video is not None
+    again = parse(user(STORED, TEXT), {"role": "assistant", "content": "a"}, user(STORED, TEXT))
+    assert [video.location for video in again.videos] == ["file-1"]
+
+
+def test_videos_and_images_keep_their_order() -> None:
+    def shown(name: str) -> dict[str, Any]:
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{name}", "detail": "low"}}
+
+    conversation = parse(
+        user(shown("A"), {"type": "video", "video": "file-2"}, TEXT, STORED),
+        {"role": "assistant", "content": "a"},
+        user(shown("B"), shown("A"), {"type": "video", "video": "file-2"}, {"type": "video", "video": "file-3"}, TEXT),
+    )
+    assert [video.location for video in conversation.videos] == ["file-2", "file-1", "file-3"]
+    assert [image.location[-1] for image in conversation.images] == ["A", "B", "A"]
+    assert conversation.images[1].param == "messages[2].content[0].image_url.url"
 
 
 @pytest.mark.parametrize(
@@ -67,8 +82,18 @@ def test_the_same_video_twice_is_one_video() -> None:
         ([user(STORED)], "messages"),
         ([user(STORED, {"type": "text", "text": "  "})], "messages"),
         ([user(TEXT), {"role": "assistant", "content": "so"}], "messages"),
-        ([user(TEXT, STORED, {"type": "video", "video": "file-2"})], "messages[0].content[2].video"),
-        ([user(TEXT, {"type": "image_url", "image_url": {"url": "x"}})], "messages[0].content[1].type"),
+        ([user(TEXT, {"type": "image_url", "image_url": {"url": "x"}})], "messages[0].content[1].image_url.url"),
+        ([user(TEXT, {"type": "image_url", "image_url": {"url": "file-1"}})], "messages[0].content[1].image_url.url"),
+        ([user(TEXT, {"type": "image_url", "image_url": {}})], "messages[0].content[1].image_url.url"),
+        ([user(TEXT, {"type": "image_url", "image_url": "data:"})], "messages[0].content[1].image_url"),
+        (
+            [user(TEXT, {"type": "image_url", "image_url": {"url": "data:", "detail": "huge"}})],
+            "messages[0].content[1].image_url.detail",
+        ),
+        (
+            [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}, user(TEXT)],
+            "messages[0].content[0]",
+        ),
         ([user(TEXT, {"type": "input_audio"})], "messages[0].content[1].type"),
         ([user(TEXT, {"type": ["text"]})], "messages[0].content[1].type"),
         ([user({"type": "text", "text": 7})], "messages[0].content[0].text"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,28 +143,32 @@ class Driver:
 
     def start(
         self,
-        record: FileRecord | None,
+        records: FileRecord | Sequence[FileRecord] | None,
         question: str = "What code is on the red star?",
         *,
         dial: Dial | None = None,
         generate: bool = True,
+        images: Sequence[torch.Tensor] = (),
         **params: object,
     ) -> Answer:
+        """Asks about one file, several or none."""
+        files = [] if records is None else [records] if isinstance(records, FileRecord) else list(records)
         answer = Answer(f"request-{next(self._ids)}")
         request = Request(
             id=answer.id,
             turns=(Turn("user", question),),
             params=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **params}),  # type: ignore[arg-type]
-            file_id=None if record is None else record.id,
-            tenant="" if record is None else record.tenant,
+            file_ids=tuple(file.id for file in files),
+            tenant=files[0].tenant if files else "",
             dial=dial or Dial(),
             generate=generate,
+            images=tuple(images),
         )
         self.engine.submit(request, answer.on_delta)
         return answer
 
-    def ask(self, record: FileRecord | None, question: str = "What code is on the red star?", **arguments) -> Answer:
-        return self.start(record, question, **arguments).wait()
+    def ask(self, records: Any, question: str = "What code is on the red star?", **arguments) -> Answer:
+        return self.start(records, question, **arguments).wait()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from kvstore.memory import MemoryStore
 from kvstore.video import VideoStore
 from server.engine.detokenize import Detokenizer
 from server.engine.errors import Cancelled, ContextLengthExceeded, FileNotFound, QueueFull
+from server.engine.request import FileChunks
 from server.models.base import Row, Turn
 from server.models.videoxl import VideoXL
 
@@ -154,7 +155,7 @@ def test_the_outcome_adds_up(drive: Drive, model: VideoXL, four_chunks: Clip) ->
     outcome, video = answer.outcome, record.video
     prefix = model.prefix().num_tokens
     assert answer.finish_reason == "length" and outcome.completion_tokens == 9
-    assert outcome.file_id == record.id and not outcome.degraded
+    assert outcome.files == (FileChunks(record.id, 4),) and not outcome.degraded
     assert outcome.low_tokens == prefix + video.tokens_low and outcome.high_tokens == prefix + video.tokens_high
     assert len(outcome.selection) == model.spec.default_reload
     extra = sum(video.low_tokens[index] - video.high_tokens[index] for index in outcome.selection)
@@ -172,7 +173,7 @@ def test_the_outcome_adds_up(drive: Drive, model: VideoXL, four_chunks: Clip) ->
 def test_a_question_without_a_video(drive: Drive, model: VideoXL) -> None:
     outcome = drive().ask(None).outcome
     assert outcome.mixed_tokens == outcome.cached_tokens == model.prefix().num_tokens
-    assert outcome.scores == outcome.evidence == () and outcome.file_id is None
+    assert outcome.scores == outcome.evidence == () and outcome.files == ()
 
 
 def test_relevance_alone_generates_nothing(drive: Drive, four_chunks: Clip) -> None:

@@ -337,7 +337,7 @@ def test_a_client_that_fails_in_its_callback_harms_nobody(drive: Drive, two_chun
     def broken(delta: object) -> None:
         raise ValueError("the client is gone")
 
-    request = Request("broken", (Turn("user", "Where?"),), SamplingParams(0.0), record.id, "", Dial())
+    request = Request("broken", (Turn("user", "Where?"),), SamplingParams(0.0), (record.id,), "", Dial())
     driver.engine.submit(request, broken)
     driver.engine.submit(replace(request, id="broken too"), broken)
     assert driver.ask(record).text == answer.text

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_transformers import SAVE
 
+from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from compression.select import Dial
 from kvstore.memory import MemoryStore
@@ -35,8 +36,8 @@ def untrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return model
 
 
-def by_hand(model: OnePassModel, path: Path, level: int) -> tuple[str, int]:
-    """The answer over the whole video at one level, without engine, store or chunks of the reader's; KV tokens."""
+def chunks_by_hand(model: OnePassModel, path: Path, level: int) -> list[ChunkKV]:
+    """A whole video's KVs at one level, without engine, store or chunks of the reader's."""
     with VideoReader(path, Sampling(1.0), VideoLimits()) as reader:
         batches = list(reader)
     frames = Frames(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in ("pixels", "times_s")))
@@ -45,6 +46,11 @@ def by_hand(model: OnePassModel, path: Path, level: int) -> tuple[str, int]:
         part = Frames(frames.pixels[start : start + 4], frames.times_s[start : start + 4])
         tokens = model.encode(model.preprocess(part), part.times_s)
         chunks.append(run.append(tokens, last=start + 4 >= len(frames))[level])
+    return chunks
+
+
+def answer_by_hand(model: OnePassModel, chunks: list[ChunkKV]) -> tuple[str, int]:
+    """The answer over these KVs; KV tokens."""
     cache = MixedCache(model.prefix(), chunks, model.rope, room=200)
     ids, detokenizer, text = torch.tensor(model.tokenize([Turn("user", QUESTION)])), Detokenizer(model.tokenizer), ""
     for _ in range(12):
@@ -67,7 +73,8 @@ def test_questions_about_a_file(drive, untrained, four_chunks):
     answers = {}
     for mode, level in (("low", 0), ("high", 1)):
         answer = answers[mode] = first.ask(record, QUESTION, dial=Dial(mode=mode))
-        assert (answer.text, answer.outcome.mixed_tokens) == by_hand(untrained, four_chunks.path, level)
+        expected = answer_by_hand(untrained, chunks_by_hand(untrained, four_chunks.path, level))
+        assert (answer.text, answer.outcome.mixed_tokens) == expected
         assert not answer.outcome.degraded
     mixed = first.ask(record, QUESTION)
     assert len(mixed.outcome.evidence) == 2 and len(mixed.outcome.scores) == 4
@@ -76,6 +83,21 @@ def test_questions_about_a_file(drive, untrained, four_chunks):
     again = drive(store, model=untrained)
     assert again.ask(record, QUESTION).text == mixed.text
     assert again.num_prefilled == 0, "another engine answers from the store"
+
+
+def test_a_second_video_goes_on_where_the_first_ends(drive, untrained, four_chunks, two_chunks):
+    driver = drive(MemoryStore(), model=untrained)
+    records = {clip.path: driver.upload(clip) for clip in (four_chunks, two_chunks)}
+    for paths in (list(records), list(records)[::-1]):
+        for mode, level in (("low", 0), ("high", 1)):
+            first, second = (chunks_by_hand(untrained, path, level) for path in paths)
+            if first[-1].next_position is not None:
+                ahead = first[-1].next_position - untrained.prefix().num_tokens
+                second = [
+                    replace(kv, positions=kv.positions + ahead, next_position=kv.next_position + ahead) for kv in second
+                ]
+            answer = driver.ask([records[path] for path in paths], QUESTION, dial=Dial(mode=mode))
+            assert (answer.text, answer.outcome.mixed_tokens) == answer_by_hand(untrained, [*first, *second])
 
 
 def test_a_prefill_that_was_cut_off_goes_on(drive, untrained, four_chunks):

@@ -1,0 +1,59 @@
+"""What a question has the model read behind its mixed cache: images, then text, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compression.mixed import MixedCache
+from server.models.base import Row, Turn, VideoModel
+
+
+class Prompt:
+    """The images of a request, each one piece, and then its text in pieces of at most ``step`` tokens: no pass takes
+    more than a piece, because a long prompt must not hold up other questions.
+
+    It can be read over several caches, one after the other. Images are encoded once, and live no longer than this.
+    """
+
+    def __init__(self, model: VideoModel, turns: Sequence[Turn], images: Sequence[Tensor], *, step: int) -> None:
+        """``images`` are preprocessed, one frame each. Thread-safe."""
+        ids = model.tokenize(turns)
+        self.num_tokens = sum(model.num_image_tokens(pixels) for pixels in images) + len(ids)
+        self._model = model
+        self._images = tuple(images)
+        self._encoded: list[Tensor] = []
+        self._texts = [ids[start : start + step] for start in range(0, len(ids), step)]
+        self._num_read = 0
+
+    def encode(self) -> None:
+        """Has the model look at the images, unless it has; before the first piece is read."""
+        for pixels in self._images[len(self._encoded) :]:
+            self._encoded.append(self._model.encode_image(pixels))
+
+    @property
+    def at_last(self) -> bool:
+        """Whether the next piece is the last one, which is text."""
+        return self._num_read == len(self._images) + len(self._texts) - 1
+
+    @property
+    def ended(self) -> bool:
+        return self._num_read == len(self._images) + len(self._texts)
+
+    def row(self, cache: MixedCache) -> Row:
+        """The next piece, to be appended to ``cache``."""
+        at = self._num_read - len(self._images)
+        device = self._model.device
+        if at < 0:
+            return Row(torch.empty(0, dtype=torch.int64, device=device), cache, self._encoded[self._num_read])
+        return Row(torch.tensor(self._texts[at], device=device), cache)
+
+    def advance(self) -> None:
+        """To the piece behind the one that was read."""
+        self._num_read += 1
+
+    def rewind(self) -> None:
+        """To the first piece, for another cache."""
+        self._num_read = 0
