@@ -135,10 +135,11 @@ class Prefills:
                 return
             job.ending = True
         try:
+            if job.path is not None:
+                with suppress(OSError):  # the spool's folder goes as a whole in the end
+                    job.path.unlink()  # first: nothing is left over for whoever is told that it ended
             self._on_end(video, job, result)
         finally:
-            if job.path is not None:
-                job.path.unlink(missing_ok=True)
             with self._lock:  # not before: until now there was something to wait for
                 del self._jobs[job]
             job.ended.set()
