@@ -304,7 +304,12 @@ def test_ctrl_c_ends_with_the_question_in_flight(stub: Stub, tmp_path: Path, cli
     stub.held = 3
     data = made.vnbench(tmp_path / "data", clip)
     options = ["--dataset", "vnbench", "--data", data, "--base-url", stub.url, "--media-root", data, "--out", tmp_path]
-    with subprocess.Popen(command(*options, "--concurrency", 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    # A suite that runs in the background ignores Ctrl-C, and so would its children.
+    heeding = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    started = [sys.executable, "-c", heeding, *command(*options, "--concurrency", 1)]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert stub.holding.wait(60)
         run.send_signal(signal.SIGINT)
         time.sleep(2)  # so that it is known before the answer comes
