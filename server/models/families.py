@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from server.models.base import VideoModel
 
@@ -22,7 +25,7 @@ def family_loader(config: dict[str, Any]) -> Callable[..., VideoModel] | None:
 
     module: Any = import_module(f"server.models.{family}")
 
-    def load(folder: Any, name: str, *, device: Any, dtype: Any, **options: Any) -> VideoModel:
+    def load(folder: Path, name: str, *, device: torch.device, dtype: torch.dtype, **options: Any) -> VideoModel:
         given = {option: value for option, value in options.items() if value is not None}
         model: VideoModel = module.load(folder, name, device=device, dtype=dtype, compression=OnePassConfig(**given))
         return model

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from server.models import chatml
 from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
-from server.models.patches import read_preprocessing
+from server.models.patches import read_preprocessing, resize
 from server.models.transformers_decoder import read_rope
 from server.models.transformers_folder import TransformersFolder
 from server.video.frames import Frames
@@ -46,9 +45,7 @@ class OneVisionTower(nn.Module):
 
     def preprocess(self, frames: Frames) -> Tensor:
         """See :meth:`VisionTower.preprocess`: uint8, stretched to a square with PIL's bicubic filter."""
-        target = self.settings.size, self.settings.size
-        resized = [Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC) for frame in frames.pixels]
-        return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2).contiguous()
+        return resize(frames, (self.settings.size, self.settings.size))
 
     def num_tokens(self, num_frames: int, width: int, height: int) -> int:
         """See :meth:`VisionTower.num_tokens`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from server.models.hub import read_json
 from server.models.one_pass import Layout, VisualTokens
 from server.video.errors import VideoUnsupported
 from server.video.frames import Frames
@@ -77,13 +77,12 @@ class Patches:
         return -(-num_frames // self.temporal_patch_size) * rows * columns
 
     def resize(self, frames: Frames) -> Tensor:
-        """uint8 [T, H, W, 3] -> uint8 [T, 3, h, w], with PIL's bicubic filter. Raises VideoUnsupported."""
+        """See :func:`resize`. Raises VideoUnsupported."""
         factor = self.patch_size * self.merge_size
         _, height, width, _ = frames.pixels.shape
         rows, columns = self.size(width, height)
         target = columns * factor, rows * factor
-        resized = [Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC) for frame in frames.pixels]
-        return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2).contiguous()
+        return resize(frames, target)
 
     def flatten(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """uint8 [T, 3, h, w] -> float32 [patches, 3 * temporal_patch_size * patch_size**2], normalized, the patches of
@@ -146,13 +145,21 @@ class PatchTower(nn.Module, ABC):
         )
 
 
+def resize(frames: Frames, size: tuple[int, int]) -> Tensor:
+    """uint8 [T, H, W, 3] -> uint8 [T, 3, h, w], to a width and height, with PIL's bicubic filter."""
+    resized = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in frames.pixels]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2).contiguous()
+
+
 def read_preprocessing(folder: Path) -> dict[str, Any]:
-    """How a folder says that frames are to be preprocessed, or else images; empty if it does not say."""
+    """How a folder says that frames are to be preprocessed, or else images; empty if it does not say.
+
+    Raises CheckpointError for what is no JSON object.
+    """
     combined: dict[str, Any] = _read_json(folder / "processor_config.json").get("video_processor") or {}
     video = _read_json(folder / "video_preprocessor_config.json") or combined
     return video or _read_json(folder / "preprocessor_config.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return content
+    return read_json(path) if path.is_file() else {}

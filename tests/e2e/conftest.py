@@ -51,7 +51,7 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic mp4 of three chunks, 48 s."""
+    """A synthetic mp4 of three chunks."""
     path = tmp_path_factory.mktemp("video") / "made.mp4"
     make_video(path, seed=3, chunks=3)
     return path
