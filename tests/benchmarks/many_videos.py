@@ -94,19 +94,28 @@ def main() -> None:
                 seen.append(sum(a.text == b.text for a, b in zip(replies, expected, strict=True)))
                 assert not any(reply.x2l["degraded"] for reply in replies)
             accounts = books(backend, budget)
-    right = sum(is_right(one["type"], one["answer"], reply.text) for one, reply in zip(asked, expected, strict=True))
+    wrong = [
+        {"seed": seed, **{name: one[name] for name in ("type", "question", "answer")}, "reply": reply.text}
+        for seed, one, reply in zip(given.seeds, asked, expected, strict=True)
+        if not is_right(one["type"], one["answer"], reply.text)
+    ]
     met = seen == [len(jobs)] * 2 and accounts["leases"] == 0 and accounts["resident_bytes"] <= budget
     result = {
         "videos": len(jobs),
         "pool_holds": given.holds,
         "same_answers": seen,
-        "true_answers_when_all_resident": right,
+        "true_answers_when_all_resident": len(jobs) - len(wrong),
         "questions_per_s_all_resident": round(len(jobs) / roomy_s, 2),
         "questions_per_s": [round(len(jobs) / taken_s, 2) for taken_s in rounds],
         "books": accounts,
+        "wrong_when_all_resident": wrong,
         "met": met,
     }
-    print_table("", ["value"], {name: [str(value)] for name, value in result.items() if name != "books"})
+    print_table(
+        "",
+        ["value"],
+        {name: [str(value)] for name, value in result.items() if name not in ("books", "wrong_when_all_resident")},
+    )
     write(circumstances(given) | {"result": result}, given.out)
     raise SystemExit(not met)
 
