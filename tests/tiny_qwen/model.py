@@ -135,6 +135,7 @@ def initialise(model: Qwen2_5_VLForConditionalGeneration) -> None:
 def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     """The folder as transformers loads it, weights in float16."""
     state = {name: tensor.detach().half().cpu() for name, tensor in model.state_dict().items()}
+    del state["lm_head.weight"]  # the embedding
     model.config.dtype = torch.float16
     model.save_pretrained(folder, state_dict=state)
     make_tokenizer().save_pretrained(folder)
