@@ -48,7 +48,9 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
         """``x`` [n, size], ``targets`` [n, properties] -> the sum of the properties' mean losses."""
         parts = self.linear(x).float().split(self.classes, -1)
-        return torch.stack([functional.cross_entropy(p, t) for p, t in zip(parts, targets.unbind(1), strict=True)]).sum()
+        return torch.stack(
+            [functional.cross_entropy(p, t) for p, t in zip(parts, targets.unbind(1), strict=True)]
+        ).sum()
 
 
 def gist_classifier(size: int) -> Classifier:

@@ -91,7 +91,9 @@ class Trainer:
             self.model = tiny.make_model()
         self.model.to(device).train()
         inner = self.model.model
-        self.decoder = TransformersDecoder(inner.language_model, self.model.lm_head, read_rope(self.model.config.text_config))
+        self.decoder = TransformersDecoder(
+            inner.language_model, self.model.lm_head, read_rope(self.model.config.text_config)
+        )
         self.sight = tiny.Sight(inner.visual, device)
         hidden = self.model.config.text_config.hidden_size
         self.prefix = self._ids(tiny.PREFIX)
@@ -118,12 +120,19 @@ class Trainer:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         # Frames are drawn at twice the size and made smaller with the filter that serving has.
         self.shrink = tuple(
-            functional.interpolate(torch.eye(2 * n)[None, None], (n, 2 * n), mode="bicubic", antialias=True)[0, 0].to(device)
+            functional.interpolate(torch.eye(2 * n)[None, None], (n, 2 * n), mode="bicubic", antialias=True)[0, 0].to(
+                device
+            )
             for n in (tiny.HEIGHT, tiny.WIDTH)
         )
         self.step, self.level, self.level_start, self.ema, self.num_ema = 0, recipe.level, 0, 0.0, 0
         self.report = Report()
-        self._draw, self._see, self._layer, self._retrieve = self._draw_now, self.sight.tokens, self._layer_now, retrieval_loss
+        self._draw, self._see, self._layer, self._retrieve = (
+            self._draw_now,
+            self.sight.tokens,
+            self._layer_now,
+            retrieval_loss,
+        )
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch._dynamo.config.recompile_limit = 64
@@ -227,7 +236,11 @@ class Trainer:
         """``visual`` [B, num_visual, hidden], ``ids`` [B, rows, row_tokens] -> what enters every layer, and comes out of
         the last, [B, num_tokens, hidden] each."""
         embed = self.decoder.embed_tokens
-        parts = [visual, embed(ids.flatten(1)).to(visual.dtype), embed(self.prefix).to(visual.dtype).expand(len(ids), -1, -1)]
+        parts = [
+            visual,
+            embed(ids.flatten(1)).to(visual.dtype),
+            embed(self.prefix).to(visual.dtype).expand(len(ids), -1, -1),
+        ]
         padding = self.shape.num_tokens - sum(part.shape[1] for part in parts)
         x = torch.cat([*parts, visual.new_zeros(len(ids), padding, visual.shape[-1])], 1)
         states, (cos, sin), mask = [x], self.tables(), self.mask()
@@ -348,10 +361,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--drop", type=float, default=0.0, help=Recipe.__doc__)
+    parser.add_argument("--drop", type=float, default=0.0, help="share of steps with tokens hidden from the questions")
     parser.add_argument("--init", default="", help="a saved model to go on from")
     parser.add_argument("--level", type=int, default=READING, help="of the curriculum, to begin with")
-    parser.add_argument("--batch", type=int, default=Recipe.batch if isinstance(Recipe.batch, int) else 6)
+    parser.add_argument("--batch", type=int, default=Recipe().batch)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
