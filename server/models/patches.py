@@ -53,8 +53,8 @@ class Patches:
         frame_size: tuple[int, int] | None = None,
     ) -> Self:
         """``vision`` is the configuration of the vision tower; ``mean`` and ``std`` are the family's, unless the folder
-        says otherwise; ``frame_tokens`` as in FRAME_TOKENS. Raises CheckpointError for a ``frame_size`` that is not made
-        of whole visual tokens."""
+        says otherwise; ``frame_tokens`` as in FRAME_TOKENS. Raises CheckpointError for a ``frame_size`` that is not
+        made of whole visual tokens."""
         factor = vision.patch_size * vision.spatial_merge_size
         if frame_size is not None and any(side <= 0 or side % factor for side in frame_size):
             raise CheckpointError(f"frame_size must be multiples of {factor} pixels, not {list(frame_size)}")

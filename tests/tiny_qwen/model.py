@@ -169,7 +169,7 @@ class Sight:
         self._cos, self._sin = angles.cos(), angles.sin()
 
     def tokens(self, patches: Tensor) -> Tensor:
-        """``patches`` [frames * 48, 432] as :meth:`Patches.flatten` makes them -> visual tokens [frames, 12, hidden]."""
+        """``patches`` [frames * 48, 432] as :meth:`Patches.flatten` makes them -> [frames, 12, hidden]."""
         visual, cells = self.visual, len(self._cos)
         x = functional.linear(patches, visual.patch_embed.proj.weight.flatten(1))
         x = x.view(-1, cells, x.shape[-1])

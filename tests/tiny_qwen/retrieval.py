@@ -5,9 +5,8 @@ As with the bundled model (server/models/tiny/auxiliary.py): without them codes 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
+from tiny_qwen.sequence import Layout
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,7 +14,6 @@ from compression.rope import Rope
 from server.models.decoder import LayerLike
 from server.models.tiny.questions import TYPES
 from server.models.tiny.world import COLORS, PLATE_COLORS, SHAPES
-from tiny_qwen.sequence import Layout
 
 # What the answer token ``offset`` behind the prompt's last one spells, or is about to: (types, which of two moments).
 # "ABC and DEF" for two codes, "00:10 and 01:25, so the ..." for an order.
@@ -34,6 +32,7 @@ _SPELLING = (
 )
 _GIST = (len(COLORS), len(SHAPES), len(PLATE_COLORS), len(PLATE_COLORS))
 _DIGITS = (10, 10, 10, 10)
+Spelling = tuple[Tensor, Tensor, Tensor]
 
 
 class Classifier(nn.Module):
@@ -78,6 +77,7 @@ def retrieval_loss(
     types: Tensor,
     chunk_spans: Tensor,
     moment_spans: Tensor,
+    spelt: Spelling,
 ) -> tuple[Tensor, Tensor]:
     """How little attention goes where the answer is: to its chunk, and to its moment.
 
@@ -88,7 +88,7 @@ def retrieval_loss(
     """
     shape, (cos, sin) = layout.shape, tables
     device, num_rows, num_visual = x.device, shape.num_rows, shape.num_visual
-    offsets, moments, spelling = _spelling(device)
+    offsets, moments, spells = spelt
     visible = layout.row_sees()[:, None]  # [rows, 1, visual tokens]
 
     _, k, _ = layer.project(x[:, :num_visual], None)
@@ -110,7 +110,7 @@ def retrieval_loss(
         return logits.masked_fill(~visible, -1e4).log_softmax(-1)
 
     def miss(log: Tensor, span: Tensor, when: Tensor) -> Tensor:
-        """The mean of -log(attention inside ``span`` [B, rows, n, 2]) over rows and spans where ``when`` [B, rows, n]."""
+        """The mean of -log(attention inside ``span`` [B, rows, n, 2]) where ``when`` [B, rows, n]."""
         token = torch.arange(num_visual, device=device)
         inside = (token >= span[..., :1]) & (token < span[..., 1:]) & visible
         when = when & inside.any(-1)
@@ -119,15 +119,14 @@ def retrieval_loss(
 
     chunk_log = attention(slice(0, half), slice(0, 1))
     to_chunk = miss(chunk_log, chunk_spans, torch.ones_like(chunk_spans[..., 0], dtype=torch.bool))
-    to_moment = miss(attention(slice(half, None), slice(None)), moment_spans[:, :, moments], spelling[types])
+    to_moment = miss(attention(slice(half, None), slice(None)), moment_spans[:, :, moments], spells[types])
     return to_chunk, to_moment
 
 
-@cache
-def _spelling(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def spelling(device: torch.device) -> Spelling:
     """_SPELLING as tensors: offsets and moments [n], and bool [types and one more, n]."""
-    spelling = torch.zeros(len(TYPES) + 1, len(_SPELLING), dtype=torch.bool)
+    spells = torch.zeros(len(TYPES) + 1, len(_SPELLING), dtype=torch.bool)
     for index, (_, names, _) in enumerate(_SPELLING):
-        spelling[[TYPES.index(name) for name in names], index] = True
+        spells[[TYPES.index(name) for name in names], index] = True
     offsets, moments = (torch.tensor([row[part] for row in _SPELLING]) for part in (0, 2))
-    return offsets.to(device), moments.to(device), spelling.to(device)
+    return offsets.to(device), moments.to(device), spells.to(device)

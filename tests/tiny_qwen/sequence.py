@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from tiny_qwen.model import HEIGHT, MERGE, PATCH, TOKENS_PER_FRAME, WIDTH
 from torch import Tensor
 
 from server.models.tiny.world import CHUNK_TICKS
-from tiny_qwen.model import HEIGHT, MERGE, PATCH, TOKENS_PER_FRAME, WIDTH
 
 CHUNK_TOKENS = CHUNK_TICKS * TOKENS_PER_FRAME
 _PREFIX, _NOTHING, _FIRST_ROW, _FIRST_PADDING = -1, -2, 1000, -1000

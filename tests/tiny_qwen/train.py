@@ -1,4 +1,4 @@
-"""Trains the tiny Qwen2.5-VL of tests/assets: ``PYTHONPATH=.:tests python -m tiny_qwen.train --out FOLDER --minutes 10``.
+"""Trains the tiny Qwen2.5-VL: ``PYTHONPATH=.:tests python -m tiny_qwen.train --out FOLDER --minutes 10``.
 
 One CUDA device. Plain causal training over uncompressed visual tokens: no token of a video is ever compressed, unless
 ``--drop`` asks for it. The folder holds ``train.jsonl`` (a line a report) and ``model`` (saved every minute, as
@@ -17,6 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_qwen import model as tiny
+from tiny_qwen.model import TOKENS_PER_FRAME
+from tiny_qwen.retrieval import clock_classifier, digits, gist_classifier, retrieval_loss, spelling
+from tiny_qwen.sequence import CHUNK_TOKENS, Layout, Shape
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -34,10 +38,6 @@ from server.models.tiny.tokenizer import ASSISTANT
 from server.models.tiny.tokenizer import END as BUNDLED_END
 from server.models.tiny.world import Script, sample_scripts, training_generator
 from server.models.transformers_decoder import TransformersDecoder, TransformersLayer, read_rope
-from tiny_qwen import model as tiny
-from tiny_qwen.model import TOKENS_PER_FRAME
-from tiny_qwen.retrieval import clock_classifier, digits, gist_classifier, retrieval_loss
-from tiny_qwen.sequence import CHUNK_TOKENS, Layout, Shape
 
 MIX: Mapping[str, float] = {
     "code": 0.36, "exist": 0.09, "order": 0.12, "count": 0.08, "time": 0.11, "object": 0.10, "multi": 0.10,
@@ -125,6 +125,7 @@ class Trainer:
             )
             for n in (tiny.HEIGHT, tiny.WIDTH)
         )
+        self.spelt = spelling(device)
         self.step, self.level, self.level_start, self.ema, self.num_ema = 0, recipe.level, 0, 0.0, 0
         self.report = Report()
         self._draw, self._see, self._layer, self._retrieve = (
@@ -233,8 +234,8 @@ class Trainer:
             visual.copy_(torch.rand(visual.shape, device=self.device) < 1 / ratios)
 
     def hidden(self, visual: Tensor, ids: Tensor) -> list[Tensor]:
-        """``visual`` [B, num_visual, hidden], ``ids`` [B, rows, row_tokens] -> what enters every layer, and comes out of
-        the last, [B, num_tokens, hidden] each."""
+        """``visual`` [B, num_visual, hidden], ``ids`` [B, rows, row_tokens] -> what enters every layer, and comes
+        out of the last, [B, num_tokens, hidden] each."""
         embed = self.decoder.embed_tokens
         parts = [
             visual,
@@ -307,7 +308,7 @@ class Trainer:
         losses["clock"] = self.heads["clock"](inside[:, : self.shape.num_visual].flatten(0, 1), clock)
         losses["to_chunk"], losses["to_moment"] = self._retrieve(
             self.decoder.layers[tiny.AUXILIARY_LAYER], inside, layout, self.tables(), self.decoder.rope, asked.answer,
-            asked.types, chunk_spans, moment_spans,
+            asked.types, chunk_spans, moment_spans, self.spelt,
         )  # fmt: skip
         logits = self.logits(states[-1])[:, :, :-1]
         goal, learn = asked.ids[:, :, 1:], asked.answer[:, :, 1:]
