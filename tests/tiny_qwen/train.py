@@ -144,17 +144,17 @@ class Trainer:
     def _ids(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), device=self.device)
 
-    def _draw_now(self, script: Script) -> Tensor:
-        """All ticks, as the server's preprocessing leaves them: uint8 [n, 3, 72, 96]."""
-        codes, plates, looks = script.codes.flatten(0, 1), script.plates.flatten(0, 1), script.looks.flatten(0, 1)
-        size = {"width": 2 * tiny.WIDTH, "height": 2 * tiny.HEIGHT}
-        large = render(script.objects.flatten(), codes, plates, looks, **size, samples=1)
+    def _draw_now(self, objects: Tensor, codes: Tensor, plates: Tensor, looks: Tensor) -> Tensor:
+        """Ticks as the server's preprocessing leaves them: uint8 [n, 3, 72, 96]."""
+        large = render(objects, codes, plates, looks, width=2 * tiny.WIDTH, height=2 * tiny.HEIGHT, samples=1)
         rows, columns = self.shrink
         return (degrade((rows @ large @ columns.T).clamp(0, 1)) * 255).round().to(torch.uint8)
 
     def patches(self, script: Script) -> Tensor:
         """The tower's input: [ticks * 48, 432]."""
-        return tiny.PATCHES.flatten(self._draw(script))[0].to(self.dtype)
+        # Flat, because their number is always the same: one compiled function draws videos of any length.
+        seen = script.objects, script.codes, script.plates, script.looks
+        return tiny.PATCHES.flatten(self._draw(*(part.flatten(0, 1) for part in seen)))[0].to(self.dtype)
 
     def _layer_now(self, layer: TransformersLayer, x: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
         rope = self.decoder.rope
