@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from compression.compressor import RawChunk, join
 from compression.kv import ChunkKV
@@ -52,6 +53,7 @@ class LocalBench:
     def __init__(self, load: Callable[..., VideoModel], model: VideoModel, work: Path) -> None:
         """``load(**settings)`` loads ``model`` once more with other ratios or another prefill mode."""
         self.load, self.model = load, model
+        disable_progress_bar()  # transformers' own, at every load, would tear the table's
         self._work = work
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
         work.mkdir(parents=True)
