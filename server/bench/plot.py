@@ -40,16 +40,20 @@ def require_matplotlib() -> None:
 
 
 def draw(summary: Sequence[Mapping[str, Any]], default: str, path: Path) -> None:
-    """Writes a PNG with one column a length. ``default`` names the method that a server uses by itself.
+    """Writes a PNG with one column a length; with one length, its two pictures stand beside each other.
 
-    Raises PlotUnavailable, OSError.
+    ``default`` names the method that a server uses by itself. Raises PlotUnavailable, OSError.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
 
     columns = len(summary)
-    figure = Figure(figsize=(max(7.5, 4.4 * columns), 9.6), dpi=120, layout="constrained")
-    grid = figure.subplots(2, columns, squeeze=False, height_ratios=(1.0, 1.15))
+    if columns == 1:
+        figure = Figure(figsize=(11.0, 4.8), dpi=120, layout="constrained")
+        grid = figure.subplots(1, 2, squeeze=False).T
+    else:
+        figure = Figure(figsize=(4.4 * columns, 9.6), dpi=120, layout="constrained")
+        grid = figure.subplots(2, columns, squeeze=False, height_ratios=(1.0, 1.15))
     for column, part in enumerate(summary):
         _draw_lines(grid[0, column], part["methods"], f"{part['chunks']} chunks ({part['videos']} videos)")
         _draw_at_default(grid[1, column], part["methods"], default)

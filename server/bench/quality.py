@@ -115,6 +115,8 @@ def run_quality(
     print_targets(result["targets"], console)
     if plot:
         draw(summary, default, out / "quality.png")
+        for part in summary if len(summary) > 1 else ():
+            draw([part], default, out / f"quality-{part['chunks']}.png")
     return result
 
 
