@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from compression.kv import ChunkKV
 from compression.rope import Rope
+
+
+_ROTATED_TOKENS = 1 << 16
+"""Times layers: rotated together."""
 
 
 class KVCache:
@@ -33,6 +38,10 @@ class KVCache:
         return int(self.keys.shape[2])
 
     @property
+    def head_dim(self) -> int:
+        return int(self.keys.shape[3])
+
+    @property
     def next_position(self) -> int:
         """Where the next token stands, unless it brings its own position."""
         return self.length + self.offset
@@ -50,17 +59,34 @@ class KVCache:
             self.keys = torch.nn.functional.pad(self.keys, grow)
             self.values = torch.nn.functional.pad(self.values, grow)
 
-    def append(self, kv: ChunkKV) -> None:
-        """Adds a chunk's KV tokens behind the others, its keys rotated to where they stand, or now stand."""
-        self.reserve(kv.num_tokens)
-        stop, positions = self.length + kv.num_tokens, kv.positions
-        if positions is None:
-            positions = torch.arange(self.next_position, stop + self.offset, device=kv.keys.device)
-        self.keys[:, :, self.length : stop] = self.rope.rotate(kv.keys, *self.rope.tables(positions, kv.keys.dtype))
-        self.values[:, :, self.length : stop] = kv.values
-        self.length = stop
-        if kv.next_position is not None:
-            self.offset = kv.next_position - stop
+    def append(self, *parts: ChunkKV) -> None:
+        """Adds chunks' KV tokens behind the others, their keys rotated to where they stand, or now stand."""
+        start = self.length
+        self.reserve(sum(part.num_tokens for part in parts))
+        positions = []
+        for part in parts:
+            stop = self.length + part.num_tokens
+            behind = torch.arange(self.next_position, stop + self.offset, device=self.keys.device)
+            positions.append(behind if part.positions is None else part.positions)
+            self.length = stop
+            if part.next_position is not None:
+                self.offset = part.next_position - stop
+        # All at once: a video's hundreds of chunks, copied and rotated one by one, take longer to tell a GPU than to do.
+        keys, values = (room[:, :, start : self.length] for room in (self.keys, self.values))
+        torch.cat([part.keys for part in parts], dim=2, out=keys)
+        torch.cat([part.values for part in parts], dim=2, out=values)
+        self._rotate(keys, _join(positions))
+
+    def _rotate(self, keys: Tensor, positions: Tensor) -> None:
+        """Rotates ``keys``, a range of tokens of all layers, in place: a few layers at a time, for what it takes."""
+        layers, _, tokens, _ = keys.shape
+        cos, sin = (
+            table.expand(layers, *table.shape[1:-2] or (1,), *table.shape[-2:])
+            for table in self.rope.tables(positions, keys.dtype)
+        )
+        size = max(1, _ROTATED_TOKENS // max(1, tokens))
+        for part, *tables in zip(keys.split(size), cos.split(size), sin.split(size), strict=True):
+            part.copy_(self.rope.rotate(part, *tables))
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts one layer's ``[kv_heads, n, head_dim]`` (keys rotated) behind the cache, in room reserved before.
@@ -83,3 +109,13 @@ class KVCache:
         twin.__dict__.update(self.__dict__)
         twin.keys, twin.values = self.keys.clone(), self.values.clone()
         return twin
+
+
+def _join(positions: Sequence[Tensor]) -> Tensor:
+    """Positions of parts, one behind the other: [tokens], or [axes, layers or 1, kv_heads or 1, tokens] where a part
+    brings such."""
+    shapes = [part.shape[:-1] for part in positions if part.ndim > 1]
+    if not shapes:
+        return torch.cat(positions)
+    common = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    return torch.cat([part.expand(*common, -1) for part in positions], dim=-1)

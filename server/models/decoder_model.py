@@ -117,7 +117,7 @@ class DecoderModel(VideoModel):
 
 def stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:
     """Every layer's keys and values, of the tokens where ``kept`` is True (None: all of them)."""
-    choose = slice(None) if kept is None else kept
+    choose = slice(None) if kept is None else kept.nonzero()[:, 0]
     keys = torch.stack([k[:, choose] for _, k, _ in projected])
     values = torch.stack([v[:, choose] for _, _, v in projected])
     return ChunkKV(keys, values, level, ratio)
