@@ -11,7 +11,6 @@ from torch import Tensor
 from compression.kv import ChunkKV
 from compression.rope import Rope
 
-
 _ROTATED_TOKENS = 1 << 16
 """Times layers: rotated together."""
 
@@ -63,19 +62,30 @@ class KVCache:
         """Adds chunks' KV tokens behind the others, their keys rotated to where they stand, or now stand."""
         start = self.length
         self.reserve(sum(part.num_tokens for part in parts))
-        positions = []
-        for part in parts:
-            stop = self.length + part.num_tokens
-            behind = torch.arange(self.next_position, stop + self.offset, device=self.keys.device)
-            positions.append(behind if part.positions is None else part.positions)
-            self.length = stop
-            if part.next_position is not None:
-                self.offset = part.next_position - stop
-        # All at once: a video's hundreds of chunks, copied and rotated one by one, take longer to tell a GPU than to do.
+        positions = self._place(parts)
+        # All at once: hundreds of chunks, copied and rotated one by one, take longer to tell a GPU than to do.
         keys, values = (room[:, :, start : self.length] for room in (self.keys, self.values))
         torch.cat([part.keys for part in parts], dim=2, out=keys)
         torch.cat([part.values for part in parts], dim=2, out=values)
-        self._rotate(keys, _join(positions))
+        self._rotate(keys, positions)
+
+    def _place(self, parts: Sequence[ChunkKV]) -> Tensor:
+        """Counts ``parts`` as held; where their tokens stand: int64 [tokens], or [axes, layers or 1, kv_heads or 1,
+        tokens] where a part brings such."""
+        shapes = [part.positions.shape[:-1] for part in parts if part.positions is not None]
+        common = [max(sizes) for sizes in zip(*shapes, strict=True)]
+        behind = torch.arange(sum(part.num_tokens for part in parts), device=self.keys.device)
+        if not shapes:
+            self.length += len(behind)
+            return behind + (self.next_position - len(behind))
+        places = []
+        for part in parts:
+            own = behind[: part.num_tokens] + self.next_position if part.positions is None else part.positions
+            places.append(own.expand(*common, -1))
+            self.length += part.num_tokens
+            if part.next_position is not None:
+                self.offset = part.next_position - self.length
+        return torch.cat(places, dim=-1)
 
     def _rotate(self, keys: Tensor, positions: Tensor) -> None:
         """Rotates ``keys``, a range of tokens of all layers, in place: a few layers at a time, for what it takes."""
@@ -85,7 +95,7 @@ class KVCache:
             for table in self.rope.tables(positions, keys.dtype)
         )
         size = max(1, _ROTATED_TOKENS // max(1, tokens))
-        for part, *tables in zip(keys.split(size), cos.split(size), sin.split(size), strict=True):
+        for part, *tables in zip(*(torch.split(whole, size) for whole in (keys, cos, sin)), strict=True):
             part.copy_(self.rope.rotate(part, *tables))
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,13 +119,3 @@ class KVCache:
         twin.__dict__.update(self.__dict__)
         twin.keys, twin.values = self.keys.clone(), self.values.clone()
         return twin
-
-
-def _join(positions: Sequence[Tensor]) -> Tensor:
-    """Positions of parts, one behind the other: [tokens], or [axes, layers or 1, kv_heads or 1, tokens] where a part
-    brings such."""
-    shapes = [part.shape[:-1] for part in positions if part.ndim > 1]
-    if not shapes:
-        return torch.cat(positions)
-    common = [max(sizes) for sizes in zip(*shapes, strict=True)]
-    return torch.cat([part.expand(*common, -1) for part in positions], dim=-1)

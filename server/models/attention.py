@@ -42,5 +42,5 @@ def _has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
         return False
     fits = head_dim % 8 == 0 and head_dim <= _LARGEST_HEAD_DIM
-    built = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
+    built = torch.backends.cuda.is_flash_attention_available()
     return fits and built and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -169,7 +169,8 @@ class LayerLike(Protocol):
     """A pre-norm transformer layer, taken apart where its attention is."""
 
     def project(self, x: Tensor, places: Places | None) -> QKV:
-        """``[tokens, hidden]``, with VSTs at ``places`` -> queries, keys and values ``[heads, tokens, head_dim]`` before RoPE."""
+        """``[tokens, hidden]`` with VSTs at ``places`` -> queries, keys, values ``[heads, tokens, head_dim]`` before
+        RoPE."""
 
     def output(self, x: Tensor, attended: Tensor) -> Tensor:
         """``x`` and the attention output ``[heads, tokens, head_dim]`` -> the next layer's ``x``."""
