@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from server.models.hub import read_json
 from server.models.one_pass import Layout, VisualTokens
+from server.models.packed_attention import PackedAttention
 from server.video.errors import VideoUnsupported
 from server.video.frames import Frames
 
@@ -105,6 +106,8 @@ class PatchTower(nn.Module, ABC):
 
     def __init__(self, visual: Any, patches: Patches) -> None:
         super().__init__()
+        for block in visual.blocks:
+            block.attn = PackedAttention(block.attn)
         self.visual = visual
         self.patches = patches
 
