@@ -46,6 +46,8 @@ class TransformersFolder:
                 # Tensor by tensor to the device, where accelerate is installed; else by way of the host's memory.
                 device_map=device if device.type != "cpu" and is_accelerate_available() else None,
             )
+        except torch.OutOfMemoryError:  # not the folder's fault
+            raise
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
