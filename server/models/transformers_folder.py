@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import is_accelerate_available
 
 from compression.rope import Rope
 from compression.score import AttentionScorer
@@ -60,8 +61,16 @@ class TransformersFolder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model, info = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                output_loading_info=True,
+                # Tensor by tensor to the device, where accelerate is installed; else by way of the host's memory.
+                device_map=device if device.type != "cpu" and is_accelerate_available() else None,
             )
+        except torch.OutOfMemoryError:  # not the folder's fault
+            raise
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
