@@ -16,6 +16,8 @@ from server.bench.video import AskedVideo
 
 BEST = (1, 2, 6)
 """Chunks re-loaded, besides the default number."""
+UNCOMPRESSED = (1, 2, 3)
+"""Chunks re-loaded where L-KVs are not compressed at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +25,21 @@ class BiLevel:
     """A compressor's L-KVs of the best ``count`` chunks (None: the default number) amid its H-KVs of the others.
 
     The chunks are those that the model's own scorer finds with these H-KVs; with ``told``, those with the answer.
+    ``low_ratio`` is the L-KVs', None the model's; 1 leaves them uncompressed.
     """
 
     name: str
     compressor: str
     count: int | None = None
     told: bool = False
+    low_ratio: int | None = None
     remote: bool = False
 
     @property
     def family(self) -> str:
-        return self.name if self.told else f"{self.compressor}-bilevel"
+        if self.told:
+            return self.name
+        return f"{self.compressor}-{'bilevel' if self.low_ratio is None else f'over-{self.low_ratio}'}"
 
     @property
     def at_default(self) -> bool:
@@ -42,7 +48,7 @@ class BiLevel:
     def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
         """See :class:`server.bench.methods.Method`."""
         local = as_local(video)
-        low, high = local.prefilled(compressor=self.compressor)
+        low, high = local.prefilled(self.low_ratio, compressor=self.compressor)
         count = local.default_reload if self.count is None else self.count
         caches, scored, times_ms = [], [], []
         for question in questions:
@@ -86,6 +92,7 @@ def _rows(compressor: str) -> list[Method]:
         *(BiLevel(f"{compressor}-bilevel-{count}", compressor, count) for count in BEST),
         BiLevel(f"{compressor}-bilevel", compressor),
         BiLevel(f"{compressor}-oracle", compressor, told=True),
+        *(BiLevel(f"{compressor}-over-1-{count}", compressor, count, low_ratio=1) for count in UNCOMPRESSED),
     ]
 
 
