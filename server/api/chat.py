@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from torch import Tensor
 
 from compression.select import Dial
 from server.api import sse
@@ -130,7 +129,7 @@ def _limit(what: str, sources: Sequence[Source], most: int) -> None:
 
 async def _media(
     body: ChatRequest, conversation: Conversation, services: Services, tenant: str
-) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """The images, and the files of the videos; videos inside the request become files only if all images are good."""
     images = await see(services, conversation.images)
     return images, await _file_ids(body, conversation, services, tenant)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class OnePassConfig:
 
 @dataclass(frozen=True, slots=True)
 class VisualTokens:
-    """One chunk's visual tokens: ``features`` [steps * rows * columns, hidden], row-major.
+    """A chunk's or an image's visual tokens: ``features`` [steps * rows * columns, hidden], row-major.
 
     ``times_s`` [steps, 2] float64 is when the first and the last frame of each step were on screen, in seconds from the
     first presented frame. ``deep`` [layers, steps * rows * columns, hidden] is for the language model's first layers
@@ -70,7 +70,7 @@ class VisualTokens:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the model reads of a chunk, and where it stands.
+    """What the model reads of a chunk or an image, and where it stands.
 
     Where other tokens stand among the visual ones, ``is_visual`` [tokens] tells which is which and ``others``
     [n, hidden] are the embeddings of the former, which are never compressed. ``positions`` is int64 [axes, tokens], and
@@ -106,11 +106,21 @@ class VisionTower(Protocol):
         """``start`` is the position of the video's first token, ``next_position`` the one behind the chunks before;
         ``last`` tells that no chunk follows."""
 
+    def preprocess_image(self, frame: Frames, *, alone: bool) -> Any:
+        """See :meth:`server.models.base.VideoModel.preprocess_image`."""
+
+    def num_image_tokens(self, image: Any) -> int:
+        """See :meth:`server.models.base.VideoModel.num_image_tokens`: with all that stands around it."""
+
+    def see_image(self, image: Any) -> VisualTokens:
+        """A preprocessed image."""
+
+    def lay_out_image(self, tokens: VisualTokens, next_position: int) -> Layout:
+        """What the model reads of an image whose first token stands at ``next_position``."""
+
 
 class OnePassModel(DecoderModel):
     """A model of transformers' own classes, or any other whose layers :class:`LanguageModel` can run."""
-
-    takes_images = False
 
     def __init__(
         self,
@@ -138,6 +148,16 @@ class OnePassModel(DecoderModel):
     def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
         return self.vision.num_tokens(num_frames, width, height)
 
+    def preprocess_image(self, frame: Frames, *, alone: bool) -> Any:
+        return self.vision.preprocess_image(frame, alone=alone)
+
+    def num_image_tokens(self, image: Any) -> int:
+        return self.vision.num_image_tokens(image)
+
+    @torch.inference_mode()
+    def encode_image(self, image: Any) -> VisualTokens:
+        return self.vision.see_image(image)
+
     def prefill_modes(self, width: int, height: int, fps: float) -> tuple[tuple[str, int], ...]:
         modes: list[tuple[str, int]] = []
         for mode in dict.fromkeys((self.prefill_mode, "high-memory")):
@@ -149,6 +169,9 @@ class OnePassModel(DecoderModel):
 
     def prefill(self, mode: str | None = None) -> OnePassPrefill:
         return OnePassPrefill(self, mode or self.prefill_mode)
+
+    def _image_window(self, image: VisualTokens, cache: KVCache) -> Window:
+        return _arrange(image, self.vision.lay_out_image(image, cache.next_position), cache)[0]
 
     def _num_positions(self, mode: str, num_frames: int, *, width: int, height: int, fps: float) -> int:
         """Positions that the prefill of so many frames takes, at least one; it never falls as they grow more."""
@@ -224,16 +247,17 @@ class OnePassPrefill:
         return raw, kv.take(~visual) if layout.others is not None else None
 
 
-def _arrange(tokens: VisualTokens, layout: Layout, memory: KVCache) -> tuple[Window, Tensor]:
-    """What the model reads of a chunk, and which of it is visual: bool [tokens]."""
+def _arrange(tokens: VisualTokens, layout: Layout, cache: KVCache) -> tuple[Window, Tensor]:
+    """What the model reads of a chunk or an image, and which of it is visual: bool [tokens]."""
     features, is_visual = tokens.features, layout.is_visual
+    placed = partial(Window, cache=cache, positions=layout.positions, next_position=layout.next_position)
     if is_visual is None or layout.others is None:
-        window = Window(features, memory, positions=layout.positions, deep=tokens.deep)
-        return window, torch.ones(len(features), dtype=torch.bool, device=features.device)
+        every = torch.ones(len(features), dtype=torch.bool, device=features.device)
+        return placed(features, deep=tokens.deep), every
     embeddings = features.new_empty((len(is_visual), features.shape[1]))
     embeddings[is_visual], embeddings[~is_visual] = features, layout.others.to(features.dtype)
     deep = None
     if tokens.deep is not None:
         deep = features.new_zeros((len(tokens.deep), *embeddings.shape))
         deep[:, is_visual] = tokens.deep
-    return Window(embeddings, memory, positions=layout.positions, deep=deep), is_visual
+    return placed(embeddings, deep=deep), is_visual

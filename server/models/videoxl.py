@@ -15,7 +15,7 @@ from compression.cache import KVCache
 from compression.interleave import interleave
 from compression.kv import ChunkKV, Level
 from compression.score import Scorer
-from server.models.base import ModelSpec, PositionLimitError, Row
+from server.models.base import ModelSpec, PositionLimitError
 from server.models.compression_config import CompressionConfig
 from server.models.decoder import Decoder, Window
 from server.models.decoder_model import DecoderModel, PromptConfig, stack
@@ -81,9 +81,9 @@ class VideoXL(DecoderModel):
                 modes.append((mode, longest))
         return tuple(modes)
 
-    def num_image_tokens(self, pixels: Tensor) -> int:
+    def num_image_tokens(self, image: Tensor) -> int:
         """All visual tokens, and a VST behind every ``low_ratio`` of them."""
-        num_visual = super().num_image_tokens(pixels)
+        num_visual = super().num_image_tokens(image)
         return num_visual if self.compression.low_ratio == 1 else len(self._image_vsts(num_visual))
 
     def place_vsts(self, features: Tensor, is_vst: Tensor) -> Tensor:
@@ -93,19 +93,13 @@ class VideoXL(DecoderModel):
         window[is_vst] = self.decoder.beacon_embed_tokens.weight[0]
         return window
 
-    def _window(self, row: Row) -> Window:
-        embeddings: Tensor = self.decoder.embed_tokens(row.ids)
-        if row.image is None:
-            return Window(embeddings, row.cache)
+    def _image_window(self, image: Tensor, cache: KVCache) -> Window:
         if self.compression.low_ratio == 1:
-            return Window(torch.cat([row.image, embeddings]), row.cache)
+            return Window(image, cache)
         # Nothing of an image is compressed away. VSTs stand among its visual tokens all the same: a model that has
         # only ever answered from VSTs cannot read plain ones (the bundled one does not even notice them).
-        is_vst = self._image_vsts(len(row.image)).to(row.image.device)
-        image = self.place_vsts(row.image, is_vst)
-        return Window(
-            torch.cat([image, embeddings]), row.cache, torch.nn.functional.pad(is_vst, (0, len(row.ids)), value=False)
-        )
+        is_vst = self._image_vsts(len(image)).to(image.device)
+        return Window(self.place_vsts(image, is_vst), cache, is_vst)
 
     def _image_vsts(self, num_visual: int) -> Tensor:
         return interleave(num_visual, self.compression.low_ratio, 0, close=True)[0]
