@@ -31,6 +31,15 @@ SPECIALS = ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", 
 PATCH = 4
 FRAME_TOKENS = 12, 20
 """For two frames, where a model's own would make the tests slow."""
+TILE = 40
+RESOLUTIONS = [[40, 40], [40, 80], [80, 40], [80, 80], [40, 120], [160, 120]]
+"""Pixels of LLaVA-OneVision's tower, and what tiles it puts together; height and width."""
+PICTURES = [(100, 60), (61, 45), (40, 90), (150, 210), (333, 77)]
+"""Width and height of images: odd sizes, some to be made smaller and some larger."""
+CLIPS = [(100, 60, 4), (61, 45, 4), (333, 77, 2), (20, 50, 4), (64, 64, 3)]
+"""The same of videos, and their frames."""
+PREPROCESSING = Path(__file__).parent / "data" / "preprocessing.npz"
+"""What the original processors make of all these; preprocessing_arrays.py made it."""
 QUESTIONS = ["What is it?", "Which colour comes first, and why does it matter to anyone at all?", "!"]
 NUM_NEW = 64
 """Tokens of an answer."""
@@ -90,8 +99,8 @@ def save_llava_onevision(folder: Path) -> PreTrainedModel:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaOnevisionConfig(
         text_config={**_text(), "model_type": "qwen2"},
-        vision_config={**vision, "model_type": "siglip_vision_model", "image_size": 40, "patch_size": 8},
-        image_grid_pinpoints=[[40, 40], [40, 80], [80, 40], [80, 80], [40, 120], [160, 120]],
+        vision_config={**vision, "model_type": "siglip_vision_model", "image_size": TILE, "patch_size": 8},
+        image_grid_pinpoints=RESOLUTIONS,
         image_token_index=_IDS["<|image_pad|>"],
         video_token_index=_IDS["<|video_pad|>"],
     )

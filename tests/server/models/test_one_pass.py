@@ -8,16 +8,31 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny_transformers import FRAME_TOKENS, NUM_NEW, QUESTIONS, SAVE, VIDEOS, ask, image, noise, prefill, prompt
+from tiny_transformers import (
+    CLIPS,
+    FRAME_TOKENS,
+    NUM_NEW,
+    PICTURES,
+    PREPROCESSING,
+    QUESTIONS,
+    SAVE,
+    VIDEOS,
+    ask,
+    image,
+    noise,
+    prefill,
+    prompt,
+)
 from transformers import PreTrainedModel
 
 from compression.kv import ChunkKV
 from compression.methods import COMPRESSORS
 from compression.mixed import MixedCache
 from kvstore import codec
-from server.models.base import PositionLimitError
+from server.models.base import PositionLimitError, Turn
 from server.models.one_pass import OnePassConfig, OnePassModel
 from server.video.frames import Frames
 
@@ -83,6 +98,17 @@ def test_images_are_seen_as_the_model_itself_sees_them(
     assert answer == whole[0, given["input_ids"].shape[1] :].tolist()
     others, _ = ask(model, pairs, QUESTIONS[0], 0)
     assert not torch.allclose(logits[-1], others[-1], atol=1e-2), "it did look"
+
+
+def test_the_prompt_with_a_video_and_an_image_is_the_processors(family: Family) -> None:
+    """Token for token, timestamps included: what ``generate`` is given above is what it would be given."""
+    model, (width, height, num_frames) = family.load(), CLIPS[0]
+    shown = model.preprocess_image(image(0, *PICTURES[0]), alone=True)
+    ids = prompt(model, noise(num_frames, width, height, interval_s=0.5), "", [shown])["input_ids"][0].tolist()
+    with np.load(PREPROCESSING) as arrays:
+        expected = arrays[f"{family.name}/ids"].tolist()
+    before, behind = list(model.prompt.prefix_ids), model.tokenize([Turn("user", "")])
+    assert ids == [*before, *expected, *behind]
 
 
 @pytest.mark.parametrize("sizes", [[8, 6, 6], [2] * 10])
