@@ -19,6 +19,7 @@ from server.bench.local import LocalVideo
 from server.bench.reply import Reply
 from server.bench.synthetic import Question
 from server.bench.video import AskedVideo
+from server.models.memory import CHEAPER
 
 RELOADS = (1, 2, 3, 4, 6)
 UNIFORM_RATIOS = (4, 8, 16)
@@ -244,6 +245,11 @@ def _variant(name: str, low: Callable[[LocalVideo], Sequence[ChunkKV]]) -> list[
     ]
 
 
+def _prefilled(mode: str) -> list[Method]:
+    """The same, with what a prefill makes that sees less of earlier chunks."""
+    return _variant(mode, lambda video: video.prefilled(prefill_mode=mode)[0])
+
+
 PLAIN: Method = Dialled("plain", "plain", lambda video, question: Dial(), at_default=True)
 """What a server answers that is told nothing more; the only row of one that has no dials."""
 
@@ -265,7 +271,6 @@ METHODS: list[Method] = [
     BuiltForQuestion("raw-retrieval", "raw-retrieval", _retrieve_by_mean_keys, at_default=True),
     BuiltForQuestion("raw-retrieval-attention", "raw-retrieval-attention", _retrieve_by_attention, at_default=True),
     *_variant("int8", lambda video: video.low_int8),
-    *_variant("high-memory", lambda video: video.prefilled(prefill_mode="high-memory")[0]),
-    *_variant("recent-2", lambda video: video.prefilled(prefill_mode="recent-2")[0]),
+    *(method for mode in CHEAPER for method in _prefilled(mode)),
 ]
 """A new row is one more entry. ``low`` and ``high`` are uniform compression at the model's two ratios."""

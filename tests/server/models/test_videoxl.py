@@ -77,7 +77,7 @@ def test_a_restored_prefill_goes_on_bit_for_bit(
 
 def test_past_the_position_limit_is_an_error(tiny: VideoXL) -> None:
     prefill, tokens = tiny.prefill(), features(tiny, 32)
-    prefill._low.memory.length = tiny.spec.max_positions  # as if thousands of chunks stood before
+    prefill._low.memory.cache.length = tiny.spec.max_positions  # as if thousands of chunks stood before
     with pytest.raises(PositionLimitError, match="32768"):
         prefill.append(tokens, last=False)
 
