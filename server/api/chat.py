@@ -150,10 +150,9 @@ async def _file_ids(body: ChatRequest, conversation: Conversation, services: Ser
         fps_param="media_io_kwargs.video.fps",
         frames_param="media_io_kwargs.video.num_frames",
     )
-    file_ids = [
-        video.location if video.is_stored else await ingest(services, video, sampling, tenant)
-        for video in conversation.videos
-    ]
+    inline = [video for video in conversation.videos if not video.is_stored]
+    taken = iter(await ingest(services, inline, sampling, tenant))
+    file_ids = [video.location if video.is_stored else next(taken) for video in conversation.videos]
     return tuple(dict.fromkeys(file_ids))  # the same bytes may have come in two ways
 
 

@@ -112,6 +112,6 @@ def prefill_all(model: VideoXL, num_frames: int) -> int:
 
 
 def test_a_model_has_the_modes_in_which_more_fits(model: VideoXL) -> None:
-    modes = model.prefill_modes(320, 240, 1.0)
-    assert [mode for mode, _ in modes] == ["exact", *CHEAPER]
-    assert [most for _, most in modes] == sorted({most for _, most in modes})
+    (first, exact), (second, cheaper) = model.prefill_modes(320, 240, 1.0)
+    assert (first, second) == ("exact", "recent-2") and exact < cheaper
+    # Its windows are so small that a question then needs more positions than the prefill: no other mode saves any.
