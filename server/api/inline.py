@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
@@ -29,30 +29,39 @@ async def ingest(services: Services, sources: Sequence[Source], sampling: Sampli
 
 def _ingest(services: Services, sources: Sequence[Source], sampling: Sampling, tenant: str) -> list[str]:
     library = services.engine.library
-    with ExitStack() as stack:
+    waiting: set[Path] = set()
+    try:
         fetched = []
         for source in sources:
             with tempfile.NamedTemporaryFile(dir=services.spool, suffix=".part", delete=False) as file:
                 path = Path(file.name)
-            stack.callback(path.unlink, missing_ok=True)
+            waiting.add(path)
             fetched.append((source, path, _fetch(services, source, path)))
         for source, path, _ in fetched[1:]:  # a bad one must not leave those before it in the library
             with _naming(source):
                 library.check(path, sampling)
         file_ids = []
         for source, path, filename in fetched:
-            with _naming(source):
-                record = library.create(
-                    path,
-                    filename=filename,
-                    purpose="user_data",
-                    sampling=sampling,
-                    tenant=tenant,
-                    expires_after_s=None,
-                    source="inline",
-                )
-            file_ids.append(record.id)
-    return file_ids
+            waiting.remove(path)  # the library sees to it from here on
+            file_ids.append(_create(services, source, path, filename, sampling, tenant))
+        return file_ids
+    finally:
+        for path in waiting:
+            path.unlink()
+
+
+def _create(services: Services, source: Source, path: Path, filename: str, sampling: Sampling, tenant: str) -> str:
+    with _naming(source):
+        record = services.engine.library.create(
+            path,
+            filename=filename,
+            purpose="user_data",
+            sampling=sampling,
+            tenant=tenant,
+            expires_after_s=None,
+            source="inline",
+        )
+    return record.id
 
 
 @contextmanager
