@@ -130,6 +130,26 @@ def test_a_prefill_mode_is_what_the_l_pass_sees_of_earlier_chunks(tiny: VideoXL,
     )
 
 
+def test_a_bounded_prefill_forgets_in_both_passes(tiny: VideoXL) -> None:
+    chunks = [features(tiny, num_frames) for num_frames in (4, 3, 5, 2, 4)]
+    model = copy(tiny)
+    model.compression = replace(tiny.compression, prefill_mode="bounded-2")
+    prefill, resumed, pairs = model.prefill(), model.prefill(), []
+    for index, chunk in enumerate(chunks):
+        made = prefill.append(chunk, last=index == 4)
+        by_hand = tiny.prefill()
+        for past, (_, high) in enumerate(pairs):
+            seen = high if past >= index - 2 else high.take(slice(0))
+            by_hand.restore(len(chunks[past]), replace(seen, ratio=pairs[past][0].ratio), seen)
+        for kv, expected in zip(made, by_hand.append(chunk, last=index == 4), strict=True):
+            torch.testing.assert_close(kv.keys, expected.keys)
+            torch.testing.assert_close(kv.values, expected.values)
+        pairs.append(made)
+    for index in range(4):
+        resumed.restore(len(chunks[index]), *pairs[index])
+    assert torch.equal(resumed.append(chunks[4], last=True)[1].keys, pairs[4][1].keys)
+
+
 def test_the_prefill_mode_is_part_of_the_fingerprint(tiny: VideoXL) -> None:
     other = load_model("tiny", device="cpu", dtype="float32", prefill_mode="high-memory")
     assert (tiny.prefill_mode, other.prefill_mode) == ("exact", "high-memory")
