@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 from compression.cache import KVCache
 from compression.kv import ChunkKV
@@ -20,12 +21,9 @@ class MixedCache(KVCache):
         """Copies ``prefix`` and ``chunks`` and leaves ``room`` free tokens for the conversation."""
         parts = [prefix, *chunks]
         super().__init__(prefix, rope, capacity=sum(part.num_tokens for part in parts) + room)
-        spans = []
-        for part in parts:
-            start = self.length
-            self.append(part)
-            spans.append((start, self.length))
-        self.spans: tuple[tuple[int, int], ...] = tuple(spans[1:])
+        self.append(*parts)
+        ends = list(accumulate(part.num_tokens for part in parts))
+        self.spans: tuple[tuple[int, int], ...] = tuple(pairwise(ends))
         """Token range of every chunk: ``(start, stop)``."""
         self.num_mixed = self.length
         """KV tokens of prefix and video, without the conversation."""

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from compression.compressor import RawChunk, join
 from compression.kv import ChunkKV
-from compression.methods import COMPRESSORS
+from compression.methods import COMPRESSORS, EVICTIONS
 from compression.mixed import MixedCache
 from compression.score import AttentionScorer, Scorer
 from compression.select import Dial
+from compression.snap import Snap
 from kvstore import codec
 from kvstore.base import Store
 from kvstore.disk import DiskStore
@@ -37,6 +39,7 @@ from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, VideoStatus
 from server.engine.request import Delta, Outcome, Request, SamplingParams
 from server.models.base import Turn, VideoModel
+from server.models.one_pass import OnePassModel, OnePassPrefill
 from server.models.raw import RawPrefill
 from server.models.videoxl import VideoXL
 from server.video.reader import Sampling, VideoLimits, VideoReader
@@ -51,6 +54,7 @@ class LocalBench:
     def __init__(self, load: Callable[..., VideoModel], model: VideoModel, work: Path) -> None:
         """``load(**settings)`` loads ``model`` once more with other ratios or another prefill mode."""
         self.load, self.model = load, model
+        disable_progress_bar()  # transformers' own, at every load, would tear the table's
         self._work = work
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
         work.mkdir(parents=True)
@@ -143,12 +147,30 @@ class LocalVideo:
     @cached_property
     def raw(self) -> list[RawChunk]:
         """The uncompressed KVs of every chunk, each computed over those of all earlier ones."""
+        if isinstance(self.model, OnePassModel):
+            whole, last = OnePassPrefill(self.model, "exact"), self.num_chunks - 1
+            return [whole.append_raw(part, last=index == last) for index, part in enumerate(self.features)]
         if not isinstance(self.model, VideoXL):
             raise TypeError(f"no uncompressed prefill for {self.model.spec.name}")
         run = RawPrefill(self.model)
         return [run.append(features) for features in self.features]
 
-    def raw_asked(self, text: str) -> RawChunk:
+    def kept(self, method: str, scores: Sequence[float] = ()) -> list[ChunkKV]:
+        """What one of :data:`compression.methods.EVICTIONS` keeps of the uncompressed KVs where the default's budget
+        is its own; tokens that are not visual always stay."""
+        kept = EVICTIONS[method].keep(self.raw, self._visual_budget, scores)
+        return [chunk.with_others(kv) for chunk, kv in zip(self.raw, kept, strict=True)]
+
+    def kept_for(self, text: str) -> ChunkKV:
+        """SnapKV as published: the same of the whole video at once, where the question that follows is the window."""
+        asked = self._raw_asked(text)
+        return asked.with_others(Snap().compress(asked, self._visual_budget).kv)
+
+    @property
+    def _visual_budget(self) -> int:
+        return self.default_tokens - sum(chunk.num_others for chunk in self.raw)
+
+    def _raw_asked(self, text: str) -> RawChunk:
         """The uncompressed KVs of the whole video as one chunk, judged by all tokens of a question that follows it."""
         cache, whole = self._raw_cache
         with torch.inference_mode(), self._scoring(AttentionScorer()):  # the one that needs every layer's queries
@@ -159,20 +181,26 @@ class LocalVideo:
     @cached_property
     def _raw_cache(self) -> tuple[MixedCache, RawChunk]:
         whole = join(self.raw)
-        return self.decoder.cache([whole.kv]), whole
+        return self.decoder.cache([whole.with_others(whole.kv)]), whole
 
     @cached_property
     def representatives(self) -> list[ChunkKV]:
-        """Every chunk's raw KVs averaged to one token."""
+        """Every chunk's raw KVs of visual tokens averaged to one token."""
         return [COMPRESSORS["pool"].compress(chunk, 1).kv for chunk in self.raw]
 
     def prefilled(
-        self, low_ratio: int | None = None, high_ratio: int | None = None, prefill_mode: str | None = None
+        self,
+        low_ratio: int | None = None,
+        high_ratio: int | None = None,
+        prefill_mode: str | None = None,
+        compressor: str | None = None,
     ) -> tuple[list[ChunkKV], list[ChunkKV]]:
         """The L-KVs and H-KVs that the model makes with these settings in place of its own."""
-        settings = low_ratio, high_ratio, prefill_mode
+        settings = low_ratio, high_ratio, prefill_mode, compressor
         if settings not in self._prefilled:
-            model = self._bench.load(low_ratio=low_ratio, high_ratio=high_ratio, prefill_mode=prefill_mode)
+            model = self._bench.load(
+                low_ratio=low_ratio, high_ratio=high_ratio, prefill_mode=prefill_mode, compressor=compressor
+            )
             run, last = model.prefill(), self.num_chunks - 1
             pairs = [run.append(part, last=index == last) for index, part in enumerate(self.features)]
             self._prefilled[settings] = [low for low, _ in pairs], [high for _, high in pairs]

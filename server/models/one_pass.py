@@ -208,19 +208,27 @@ class OnePassPrefill:
     def append(self, features: VisualTokens, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
         config = self._model.compression
-        raw, others = self._read(features, last)
+        raw = self._read(features, last)
         kept = both_levels(COMPRESSORS[config.compressor], raw, config.low_ratio, config.high_ratio)
-        low, high = (part.kv if others is None else part.kv.followed_by(others) for part in kept)
+        low, high = (raw.with_others(part.kv) for part in kept)
         self._memory.append(low, high)
         return low, high
+
+    @torch.inference_mode()
+    def append_raw(self, features: VisualTokens, *, last: bool) -> RawChunk:
+        """The same without compression: all that follows sees the chunk as it is. Raises PositionLimitError."""
+        raw = self._read(features, last)
+        whole = raw.with_others(raw.kv)
+        self._memory.append(whole, whole)
+        return raw
 
     @torch.inference_mode()
     def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         """See :meth:`server.models.base.Prefill.restore`."""
         self._memory.append(low, high)
 
-    def _read(self, tokens: VisualTokens, last: bool) -> tuple[RawChunk, ChunkKV | None]:
-        """The next chunk's own KVs, those of its visual tokens and of the others. Raises PositionLimitError."""
+    def _read(self, tokens: VisualTokens, last: bool) -> RawChunk:
+        """The next chunk's own KVs. Raises PositionLimitError."""
         model, memory = self._model, self._memory.cache
         layout = model.vision.lay_out(tokens, self._start, memory.next_position, last=last)
         window, visual = _arrange(tokens, layout, memory)
@@ -237,15 +245,15 @@ class OnePassPrefill:
         if layout.positions is not None:
             kv = replace(kv, positions=positions.to(torch.int32)[:, None, None], next_position=layout.next_position)
         asking = visual.nonzero()[-_NUM_QUERIES:, 0]
-        raw = RawChunk(
+        return RawChunk(
             kv=kv.take(visual),
             positions=positions[..., visual],
             queries=torch.stack([queries[:, asking] for queries, _, _ in projected]),
             query_positions=positions[..., asking],
             rope=model.rope,
             tokens_per_frame=tokens.rows * tokens.columns,
+            others=kv.take(~visual) if layout.others is not None else None,
         )
-        return raw, kv.take(~visual) if layout.others is not None else None
 
 
 def _arrange(tokens: VisualTokens, layout: Layout, cache: KVCache) -> tuple[Window, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from server.models.hub import read_json
 from server.models.one_pass import Layout, VisualTokens
+from server.models.packed_attention import PackedAttention
+from server.models.tensors import CheckpointError
 from server.video.errors import VideoUnsupported
 from server.video.frames import Frames
 
@@ -26,12 +29,14 @@ FRAME_TOKENS = 128, 134
 video (1.05 times the least), whatever this one's length: a frame's size must not depend on how many follow. What a
 folder says of sizes counts for images only: for videos it is about a whole one."""
 BEFORE, AFTER = "<|vision_start|>", "<|vision_end|>"
+_RESIZING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Patches:
     """``patch_size`` pixels square and ``temporal_patch_size`` frames deep; ``merge_size`` squared of them are one
-    visual token. Frames are resized, keeping their aspect ratio, to between ``min_pixels`` and ``max_pixels``.
+    visual token. Frames are resized, keeping their aspect ratio, to between ``min_pixels`` and ``max_pixels``; or all
+    of them to ``frame_size``, a width and a height in pixels.
     """
 
     patch_size: int
@@ -41,6 +46,7 @@ class Patches:
     max_pixels: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    frame_size: tuple[int, int] | None = None
 
     @classmethod
     def read(
@@ -50,10 +56,14 @@ class Patches:
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         frame_tokens: tuple[int, int],
+        frame_size: tuple[int, int] | None = None,
     ) -> Self:
         """``vision`` is the configuration of the vision tower; ``mean`` and ``std`` are the family's, unless the folder
-        says otherwise; ``frame_tokens`` as in FRAME_TOKENS."""
+        says otherwise; ``frame_tokens`` as in FRAME_TOKENS. Raises CheckpointError for a ``frame_size`` that is not
+        made of whole visual tokens."""
         factor = vision.patch_size * vision.spatial_merge_size
+        if frame_size is not None and any(side <= 0 or side % factor for side in frame_size):
+            raise CheckpointError(f"frame_size must be multiples of {factor} pixels, not {list(frame_size)}")
         found = read_preprocessing(folder)
         return cls(
             vision.patch_size,
@@ -63,15 +73,18 @@ class Patches:
             frame_tokens[1] * factor**2,
             tuple(found.get("image_mean") or mean),
             tuple(found.get("image_std") or std),
+            frame_size,
         )
 
     def for_images(self, folder: Path) -> Self:
-        """The patches of still images: how large these may be is what the folder says, or else the families' own."""
+        """The patches of still images, which keep their aspect ratio: how large they may be is what the folder says, or
+        else the families' own."""
         found = read_image_preprocessing(folder)
         size = found.get("size") or {}
         usual = Qwen2VLImageProcessorPil.size
         return replace(
             self,
+            frame_size=None,
             min_pixels=found.get("min_pixels") or size.get("shortest_edge") or usual["shortest_edge"],
             max_pixels=found.get("max_pixels") or size.get("longest_edge") or usual["longest_edge"],
             mean=tuple(found.get("image_mean") or self.mean),
@@ -81,6 +94,8 @@ class Patches:
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of visual tokens for frames of this size in pixels. Raises VideoUnsupported."""
         factor = self.patch_size * self.merge_size
+        if self.frame_size is not None:
+            return self.frame_size[1] // factor, self.frame_size[0] // factor
         try:
             rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
         except ValueError as error:
@@ -148,6 +163,8 @@ class PatchTower(nn.Module, ABC):
 
     def __init__(self, visual: Any, patches: Patches, image_patches: Patches, words: Words) -> None:
         super().__init__()
+        for block in visual.blocks:
+            block.attn = PackedAttention(block.attn)
         self.visual = visual
         self.patches = patches
         self.image_patches = image_patches
@@ -237,8 +254,12 @@ class PatchTower(nn.Module, ABC):
 
 def resize(frames: Frames, size: tuple[int, int]) -> Tensor:
     """uint8 [T, H, W, 3] -> uint8 [T, 3, h, w], to a width and height, with PIL's bicubic filter."""
-    resized = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in frames.pixels]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2).contiguous()
+
+    def resized(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+    with ThreadPoolExecutor(_RESIZING_THREADS) as threads:  # PIL lets go of the interpreter meanwhile
+        return torch.from_numpy(np.stack(list(threads.map(resized, frames.pixels)))).permute(0, 3, 1, 2).contiguous()
 
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:

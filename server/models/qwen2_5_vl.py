@@ -78,7 +78,8 @@ def load(
     """The model in ``folder``, in transformers' layout. Raises CheckpointError."""
     content = TransformersFolder.load(folder, device, dtype)
     vision = content.model.config.vision_config
-    patches = Patches.read(folder, vision, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), frame_tokens)
+    mean, std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
+    patches = Patches.read(folder, vision, mean, std, frame_tokens, content.hints.frame_size)
     settings, inner = Qwen25Settings(patches, vision.tokens_per_second, text_behind), content.model.model
     words = Words(content.tokenizer, inner.language_model.embed_tokens)
     tower = Qwen25Tower(inner.visual, settings, patches.for_images(folder), words)

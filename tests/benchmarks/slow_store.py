@@ -1,6 +1,6 @@
 """What a slow store does to those who do not read from it: their time between tokens, with and without a delay.
 
-``python tests/benchmarks/slow_store.py [--delay-ms 50] [--questions 60] [--out RESULT.json]``
+``python tests/benchmarks/slow_store.py [--delay-ms 50] [--questions 300] [--out RESULT.json]``
 
 A server stores in a real Redis behind a proxy that delays every request. One client streams answers from H-KVs alone,
 one after the other, while others ask at a fixed rate for answers that re-load L-KVs. The same is measured without the
@@ -80,7 +80,7 @@ def measure(live: Live, streamed: list[Job], asked: list[Job], count: int) -> di
 def main() -> None:
     arguments = parser(__doc__, seeds="500")
     arguments.add_argument("--delay-ms", type=float, default=50.0)
-    arguments.add_argument("--questions", type=int, default=60)
+    arguments.add_argument("--questions", type=int, default=300)
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="x2l-benchmark-") as folder:
         video = make_videos(Path(folder), given.seeds[:1])[0]
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def run_all(live: Live, proxy: SlowProxy, streamed: list[Job], asked: list[Job], given: Any) -> dict[str, Any]:
-    measure(live, streamed, asked, 5)  # warm
+    gaps_ms(live, [*streamed[:5], *asked[:5]], 10)  # warm
     runs = {}
     for name, delay_ms in (("before", 0.0), ("delayed", given.delay_ms), ("after", 0.0)):
         proxy.delay_s = delay_ms / 1000

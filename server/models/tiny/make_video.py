@@ -129,7 +129,7 @@ def _encode(plan: VideoPlan, path: Path) -> None:
 
 
 def draw_frames(plan: VideoPlan) -> Iterator[Picture]:
-    """Every frame of the video in order, RGB [height, width, 3]."""
+    """Every frame of the video in order, RGB [height, width, 3], each in the place of the one before."""
     painter = _Painter(plan)
     for index in range(plan.duration_s * plan.frame_rate):
         # Whole numbers of frames keep a second's first frame on the right side of a tick's border.
@@ -145,6 +145,7 @@ class _Painter:
         self._x_scale, self._y_scale = WIDTH / plan.width, HEIGHT / plan.height
         self._margin = math.floor(MAX_DRIFT / self._x_scale)
         self._start = self._tick = -1
+        self._picture: Picture = np.empty((plan.height, plan.width, 3), np.uint8)
 
     def frame(self, tick: int, time_s: float) -> Picture:
         start = int(self._script.starts[0, tick])
@@ -156,7 +157,8 @@ class _Painter:
             self._plates = [self._draw_plate(tick, position) for position in (0, 1)]
         progress = (time_s + self._phase_s - start) / int(self._script.lengths[0, start])
         left = round(2 * self._margin * min(max(progress, 0.0), 1.0))
-        picture = self._canvas[:, left : left + self._width].copy()
+        picture = self._picture
+        picture[:] = self._canvas[:, left : left + self._width]
         bob = MAX_BOB * math.sin(2 * math.pi * (0.7 * time_s + self._bob_phase))
         top = self._object_top + round(bob / self._y_scale)
         height, width = self._object.shape
@@ -201,4 +203,4 @@ class _Painter:
 
 
 def _pixels(color: torch.Tensor) -> Picture:
-    return (color.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return (color.clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy()

@@ -27,13 +27,14 @@ from tiny_transformers import (
 )
 from transformers import PreTrainedModel
 
+from compression.compressor import join
 from compression.kv import ChunkKV
 from compression.methods import COMPRESSORS
 from compression.mixed import MixedCache
 from kvstore import codec
 from server.models.base import PositionLimitError, Turn
 from server.models.memory import CHEAPER, room_to_ask
-from server.models.one_pass import OnePassConfig, OnePassModel
+from server.models.one_pass import OnePassConfig, OnePassModel, OnePassPrefill
 from server.video.frames import Frames
 
 FRAMES = VIDEOS[0]
@@ -149,6 +150,30 @@ def test_both_levels_keep_what_they_keep_as_it_is(family: Family, compressor: st
             if kv.positions is not None and layer:  # in layer 0 a text token is the same wherever it stands
                 places = kv.positions.expand(3, *kv.keys.shape[:3])[:, layer, head]
                 assert torch.equal(places, raw.positions[:, 0, 0, at])
+
+
+@pytest.mark.parametrize("sizes", [[8, 12], [20]])
+def test_raw_chunks_with_all_that_is_not_visual_are_what_ratio_1_keeps(family: Family, sizes: list[int]) -> None:
+    model = family.load()
+    kept, run, start = prefill(model, FRAMES, sizes), model.prefill(), 0
+    assert isinstance(run, OnePassPrefill)
+    raw = []
+    for size, (low, _) in zip(sizes, kept, strict=True):
+        part = Frames(FRAMES.pixels[start : start + size], FRAMES.times_s[start : start + size])
+        start += size
+        tokens = model.encode(model.preprocess(part), part.times_s)
+        chunk = run.append_raw(tokens, last=start == 20)
+        assert chunk.num_tokens == model.num_visual_tokens(size, 100, 60)
+        assert same(chunk.with_others(chunk.kv), low)
+        raw.append(chunk)
+    whole = join(raw)
+    assert whole.num_others == sum(chunk.num_others for chunk in raw)
+    end, (last, _) = whole.with_others(whole.kv), kept[-1]
+    assert (end.num_tokens, end.next_position) == (sum(low.num_tokens for low, _ in kept), last.next_position)
+    once, apart = (ask(model, pairs, QUESTIONS[0], 0)[0] for pairs in ([(end, end)], kept))
+    if end.positions is None:  # others of an earlier chunk would stand elsewhere: there are none
+        assert all(chunk.others is None for chunk in raw[:-1])
+    torch.testing.assert_close(once, apart, atol=1e-4, rtol=0)
 
 
 def same(a: ChunkKV, b: ChunkKV) -> bool:
