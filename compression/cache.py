@@ -27,6 +27,8 @@ class KVCache:
         """KV tokens held."""
         self.offset = 0
         """How far the positions are ahead of the tokens held; other than 0 only where chunks bring their positions."""
+        self.num_shared = 0
+        """Of the tokens held, those that stand before the ones in ``keys`` and ``values``, in somebody else's memory."""
 
     @property
     def capacity(self) -> int:
@@ -44,7 +46,7 @@ class KVCache:
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for ``num_tokens`` more, doubling the buffers where they are too small."""
-        needed = self.length + num_tokens
+        needed = self.length - self.num_shared + num_tokens
         if needed > self.capacity:
             grow = (0, 0, 0, max(needed, 2 * self.capacity) - self.capacity)
             self.keys = torch.nn.functional.pad(self.keys, grow)
@@ -65,12 +67,13 @@ class KVCache:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts one layer's ``[kv_heads, n, head_dim]`` (keys rotated) behind the cache, in room reserved before.
 
-        Returns that layer's keys and values up to and including them, as views. What was written counts only after
-        :meth:`advance`; without it the next write goes over it.
+        Returns that layer's keys and values up to and including them, as views (without shared ones). What was written
+        counts only after :meth:`advance`; without it the next write goes over it.
         """
-        stop = self.length + keys.shape[1]
-        self.keys[layer, :, self.length : stop] = keys
-        self.values[layer, :, self.length : stop] = values
+        start = self.length - self.num_shared
+        stop = start + keys.shape[1]
+        self.keys[layer, :, start:stop] = keys
+        self.values[layer, :, start:stop] = values
         return self.keys[layer, :, :stop], self.values[layer, :, :stop]
 
     def advance(self, num_tokens: int) -> None:

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from compression.cache import KVCache
 from compression.kv import ChunkKV
 from compression.rope import Rope
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """A run of KV tokens ``[layers, kv_heads, tokens, head_dim]`` that stand ``offset`` positions further on than where
+    their keys were rotated to."""
+
+    keys: Tensor
+    values: Tensor
+    offset: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.keys.shape[2])
 
 
 class MixedCache(KVCache):
@@ -29,3 +46,8 @@ class MixedCache(KVCache):
         """Token range of every chunk: ``(start, stop)``."""
         self.num_mixed = self.length
         """KV tokens of prefix and video, without the conversation."""
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Prefix and video, in order."""
+        return (Segment(self.keys[:, :, : self.num_mixed], self.values[:, :, : self.num_mixed]),)

@@ -61,11 +61,14 @@ class AttentionScorer:
         layers, heads, tokens, head_dim = trace.queries.shape
         asking = trace.queries[:, :, -trace.num_asking :]
         positions = trace.start + torch.arange(tokens - trace.num_asking, tokens, device=asking.device)
-        asking = rope.rotate(asking, *rope.tables(positions, asking.dtype))
-        keys = cache.keys[:layers, :, : cache.num_mixed]
-        # Query heads that share keys are taken together: keys repeated for each would be gigabytes in a large model.
-        grouped = asking.reshape(layers, keys.shape[1], -1, head_dim)
-        logits = (grouped @ keys.transpose(-1, -2)).reshape(layers, heads, trace.num_asking, -1)
+        by_segment = []
+        for segment in cache.segments:
+            rotated = rope.rotate(asking, *rope.tables(positions - segment.offset, asking.dtype))
+            keys = segment.keys[:layers]
+            # Query heads that share keys are taken together: keys repeated for each would be gigabytes in a large model.
+            grouped = rotated.reshape(layers, keys.shape[1], -1, head_dim)
+            by_segment.append((grouped @ keys.transpose(-1, -2)).reshape(layers, heads, trace.num_asking, -1))
+        logits = torch.cat(by_segment, dim=-1)
         mass = _sum_spans((logits.float() / head_dim**0.5).softmax(-1), cache.spans)  # [layers, heads, asking, chunks]
         if self.per_token:
             sizes = [max(stop - start, 1) for start, stop in cache.spans]

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from compression.cache import KVCache
 from compression.rope import Rope
+from compression.segments import SharedCache
+from server.models.segment_attention import attend_segments, segment_tables
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -179,11 +181,18 @@ class LanguageModel(nn.Module, ABC):
     embed_tokens: nn.Embedding
     layers: nn.ModuleList
     """Of :class:`LayerLike` modules."""
+    norm: nn.Module
+    """Behind the last layer."""
     rope: Rope
 
+    @property
     @abstractmethod
+    def head_weight(self) -> Tensor:
+        """[vocab, hidden], tied to the embeddings or not."""
+
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` -> float32 ``[..., vocab]``."""
+        return functional.linear(self.norm(x), self.head_weight).float()
 
     def forward(self, windows: list[Window], num_layers: int | None = None) -> tuple[Tensor, list[QKV]]:
         """Runs all windows together, each over its own cache, causally.
@@ -195,8 +204,13 @@ class LanguageModel(nn.Module, ABC):
         """
         sizes = [len(window.embeddings) for window in windows]
         x = torch.cat([window.embeddings for window in windows])
-        cos, sin = self.rope.tables(_places(windows, sizes, x.device), x.dtype)
+        places = _places(windows, sizes, x.device)
+        cos, sin = self.rope.tables(places, x.dtype)
         masks = [_causal(n, w.cache.length, x.device) for w, n in zip(windows, sizes, strict=True)]
+        tables = [
+            segment_tables(window.cache, place, self.rope, x.dtype) if isinstance(window.cache, SharedCache) else []
+            for window, place in zip(windows, torch.split(places, sizes, -1), strict=True)
+        ]
         is_vst = _join_masks(windows, sizes)
         for window, size in zip(windows, sizes, strict=True):
             window.cache.reserve(size)
@@ -205,12 +219,16 @@ class LanguageModel(nn.Module, ABC):
             layer = cast(LayerLike, module)
             q, k, v = layer.project(x, is_vst)
             projected.append((q, k, v))
-            q, k = self.rope.rotate(q, cos, sin), self.rope.rotate(k, cos, sin)
-            rows = zip(*(torch.split(part, sizes, 1) for part in (q, k, v)), windows, masks, strict=True)
+            plain, q, k = q, self.rope.rotate(q, cos, sin), self.rope.rotate(k, cos, sin)
+            rows = zip(*(torch.split(part, sizes, 1) for part in (plain, q, k, v)), windows, masks, tables, strict=True)
             attended = []
-            for queries, keys, values, window, mask in rows:
-                seen_keys, seen_values = window.cache.write(index, keys, values)
-                attended.append(_attend(queries, seen_keys, seen_values, mask))
+            for unrotated, queries, keys, values, window, mask, moved in rows:
+                cache = window.cache
+                seen_keys, seen_values = cache.write(index, keys, values)
+                if isinstance(cache, SharedCache):
+                    attended.append(attend_segments(index, unrotated, queries, seen_keys, seen_values, cache, moved))
+                else:
+                    attended.append(_attend(queries, seen_keys, seen_values, mask))
             x = layer.output(x, torch.cat(attended, dim=1))
             for part, window in zip(torch.split(x, sizes), windows, strict=True):
                 if window.deep is not None and index < len(window.deep):
@@ -236,10 +254,10 @@ class Decoder(LanguageModel):
         """What the KVs depend on besides the weights."""
         return repr(self.config)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Hidden states ``[..., hidden]`` -> float32 ``[..., vocab]``."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return functional.linear(self.norm(x), head.weight).float()
+    @property
+    def head_weight(self) -> Tensor:
+        """See :attr:`LanguageModel.head_weight`."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
 
 def _places(windows: list[Window], sizes: list[int], device: torch.device) -> Tensor:
