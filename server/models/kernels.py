@@ -17,6 +17,9 @@ from layer to layer and from head to head, row, offset (see :class:`compression.
 begins among the row's own tokens; -1 for shared ones. An item of own tokens ends where these end."""
 TAIL_FIELDS = 4
 """int64 of a row's own tokens: addresses of the first key and value, elements from layer to layer and head to head."""
+GEMV_BLOCKS: dict[tuple[int, int], tuple[int, int, int]] = {}
+"""Rows and columns of a weight matrix -> those that a program takes at a time, and its warps: what was measured."""
+_OTHER_GEMV_BLOCKS = 8, 512, 4
 
 
 @triton.jit
@@ -248,13 +251,13 @@ def gate(x: Tensor) -> Tensor:
 
 
 def gemv(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, add_to: Tensor | None = None, gated: bool = False,
-    block_n: int = 8, block_k: int = 512, num_warps: int = 4,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, add_to: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """``x`` [1, n_in] times ``weight`` [n_out, n_in]: read once and at the memory's pace. ``gated``: the weight is gate
     and up, and what comes out is silu(gate) * up. ``add_to`` [1, n_out] is added to in place."""
     num_out = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((1, num_out), dtype=x.dtype, device=x.device) if add_to is None else add_to
+    block_n, block_k, num_warps = GEMV_BLOCKS.get((weight.shape[0], x.shape[1]), _OTHER_GEMV_BLOCKS)
     _gemv[triton.cdiv(num_out, block_n),](
         x, weight, bias if bias is not None else x, out, NUM_OUT=num_out, NUM_IN=x.shape[1], HAS_BIAS=bias is not None,
         ADD=add_to is not None, GATED=gated, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
