@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from compression.kv import ChunkKV
 from compression.rope import Rope
+
+_ROTATED_TOKENS = 1 << 16
+"""Times layers: rotated together."""
 
 
 class KVCache:
@@ -28,11 +32,15 @@ class KVCache:
         self.offset = 0
         """How far the positions are ahead of the tokens held; other than 0 only where chunks bring their positions."""
         self.num_shared = 0
-        """Of the tokens held, those that stand before the ones in ``keys`` and ``values``, in somebody else's memory."""
+        """Of the tokens held, those before the ones in ``keys`` and ``values``, in somebody else's memory."""
 
     @property
     def capacity(self) -> int:
         return int(self.keys.shape[2])
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.keys.shape[3])
 
     @property
     def next_position(self) -> int:
@@ -52,17 +60,45 @@ class KVCache:
             self.keys = torch.nn.functional.pad(self.keys, grow)
             self.values = torch.nn.functional.pad(self.values, grow)
 
-    def append(self, kv: ChunkKV) -> None:
-        """Adds a chunk's KV tokens behind the others, its keys rotated to where they stand, or now stand."""
-        self.reserve(kv.num_tokens)
-        stop, positions = self.length + kv.num_tokens, kv.positions
-        if positions is None:
-            positions = torch.arange(self.next_position, stop + self.offset, device=kv.keys.device)
-        self.keys[:, :, self.length : stop] = self.rope.rotate(kv.keys, *self.rope.tables(positions, kv.keys.dtype))
-        self.values[:, :, self.length : stop] = kv.values
-        self.length = stop
-        if kv.next_position is not None:
-            self.offset = kv.next_position - stop
+    def append(self, *parts: ChunkKV) -> None:
+        """Adds chunks' KV tokens behind the others, their keys rotated to where they stand, or now stand."""
+        start = self.length
+        self.reserve(sum(part.num_tokens for part in parts))
+        positions = self._place(parts)
+        # All at once: hundreds of chunks, copied and rotated one by one, take longer to tell a GPU than to do.
+        keys, values = (room[:, :, start : self.length] for room in (self.keys, self.values))
+        torch.cat([part.keys for part in parts], dim=2, out=keys)
+        torch.cat([part.values for part in parts], dim=2, out=values)
+        self._rotate(keys, positions)
+
+    def _place(self, parts: Sequence[ChunkKV]) -> Tensor:
+        """Counts ``parts`` as held; where their tokens stand: int64 [tokens], or [axes, layers or 1, kv_heads or 1,
+        tokens] where a part brings such."""
+        shapes = [part.positions.shape[:-1] for part in parts if part.positions is not None]
+        common = [max(sizes) for sizes in zip(*shapes, strict=True)]
+        behind = torch.arange(sum(part.num_tokens for part in parts), device=self.keys.device)
+        if not shapes:
+            self.length += len(behind)
+            return behind + (self.next_position - len(behind))
+        places = []
+        for part in parts:
+            own = behind[: part.num_tokens] + self.next_position if part.positions is None else part.positions
+            places.append(own.expand(*common, -1))
+            self.length += part.num_tokens
+            if part.next_position is not None:
+                self.offset = part.next_position - self.length
+        return torch.cat(places, dim=-1)
+
+    def _rotate(self, keys: Tensor, positions: Tensor) -> None:
+        """Rotates ``keys``, a range of tokens of all layers, in place: a few layers at a time, for what it takes."""
+        layers, _, tokens, _ = keys.shape
+        cos, sin = (
+            table.expand(layers, *table.shape[1:-2] or (1,), *table.shape[-2:])
+            for table in self.rope.tables(positions, keys.dtype)
+        )
+        size = max(1, _ROTATED_TOKENS // max(1, tokens))
+        for part, *tables in zip(*(torch.split(whole, size) for whole in (keys, cos, sin)), strict=True):
+            part.copy_(self.rope.rotate(part, *tables))
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts one layer's ``[kv_heads, n, head_dim]`` (keys rotated) behind the cache, in room reserved before.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -37,12 +38,9 @@ class MixedCache(KVCache):
         """Copies ``prefix`` and ``chunks`` and leaves ``room`` free tokens for the conversation."""
         parts = [prefix, *chunks]
         super().__init__(prefix, rope, capacity=sum(part.num_tokens for part in parts) + room)
-        spans = []
-        for part in parts:
-            start = self.length
-            self.append(part)
-            spans.append((start, self.length))
-        self.spans: tuple[tuple[int, int], ...] = tuple(spans[1:])
+        self.append(*parts)
+        ends = list(accumulate(part.num_tokens for part in parts))
+        self.spans: tuple[tuple[int, int], ...] = tuple(pairwise(ends))
         """Token range of every chunk: ``(start, stop)``."""
         self.num_mixed = self.length
         """KV tokens of prefix and video, without the conversation."""

@@ -65,7 +65,8 @@ class AttentionScorer:
         for segment in cache.segments:
             rotated = rope.rotate(asking, *rope.tables(positions - segment.offset, asking.dtype))
             keys = segment.keys[:layers]
-            # Query heads that share keys are taken together: keys repeated for each would be gigabytes in a large model.
+            # Query heads that share keys are taken together: keys repeated for each would be gigabytes in a large
+            # model.
             grouped = rotated.reshape(layers, keys.shape[1], -1, head_dim)
             by_segment.append((grouped @ keys.transpose(-1, -2)).reshape(layers, heads, trace.num_asking, -1))
         logits = torch.cat(by_segment, dim=-1)

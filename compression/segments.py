@@ -1,9 +1,9 @@
 """KVs that many requests see at once: rotated where they were put first, and seen from wherever they stand now.
 
-RoPE is relative: a key rotated to position ``p`` that now stands at ``p + offset`` is to a query at position ``t`` what it
-was to one at ``t - offset``. So a mixed cache need not own the KVs of its videos. It is a list of segments, runs of shared
-tokens that have moved by the same offset, and of its own it has only what comes behind the videos. With ``k`` chunks
-re-loaded there are at most ``2k + 1`` segments a video.
+RoPE is relative: a key rotated to position ``p`` that now stands at ``p + offset`` is to a query at position ``t`` what
+it was to one at ``t - offset``. So a mixed cache need not own the KVs of its videos. It is a list of segments, runs of
+shared tokens that have moved by the same offset, and of its own it has only what comes behind the videos. With ``k``
+chunks re-loaded there are at most ``2k + 1`` segments a video.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class RotatedKV:
     def of(cls, parts: Sequence[ChunkKV], rope: Rope) -> RotatedKV:
         """Copies ``parts``, which are at least one, into one buffer."""
         cache = KVCache(parts[0], rope, capacity=sum(part.num_tokens for part in parts))
-        for part in parts:
-            cache.append(part)
+        cache.append(*parts)
         spans = pairwise(accumulate((part.num_tokens for part in parts), initial=0))
         return cls(cache.keys, cache.values, tuple(spans), tuple(part.next_position for part in parts))
 

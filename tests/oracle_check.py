@@ -29,6 +29,7 @@ from compression.cache import KVCache
 from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from server.models.base import Row
+from server.models.clip import normalize
 from server.models.compression_config import CompressionConfig
 from server.models.registry import load_model
 from server.models.videoxl import VideoXL
@@ -152,7 +153,7 @@ def _check_vision(file: Any, config: dict[str, Any], weights: dict[str, Tensor])
     model = load(config, weights)
     frames = Frames(file["frames_u8"], np.arange(len(file["frames_u8"]), dtype=np.float64))
     pixels = model.preprocess(frames)
-    result.close("pixel_values", pixels, file["pixel_values"])
+    result.close("pixel_values", normalize(pixels), file["pixel_values"])
     result.close("features", model.encode(pixels, frames.times_s), file["features"])
     return result
 

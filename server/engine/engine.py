@@ -90,6 +90,7 @@ class Engine:
             running=lambda: self._scheduler.num_running,
             resident_nbytes=lambda: self._pool.nbytes,
             resident_videos=lambda: len(self._pool),
+            device=model.device,
         )
 
     @property

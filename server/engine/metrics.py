@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from server.engine.request import Outcome
@@ -25,6 +27,7 @@ class EngineMetrics:
         running: Callable[[], int],
         resident_nbytes: Callable[[], int],
         resident_videos: Callable[[], int],
+        device: torch.device,
     ) -> None:
         """Takes functions that tell the gauges' values when they are asked for; from any thread."""
         self.registry = registry = CollectorRegistry()
@@ -45,6 +48,7 @@ class EngineMetrics:
             ("x2l_requests_waiting", "Requests that wait for a slot or a video", lambda: in_flight() - running()),
             ("x2l_resident_bytes", "Bytes of H-KVs on the device", resident_nbytes),
             ("x2l_resident_videos", "Videos whose H-KVs are on the device", resident_videos),
+            *_memory_of(device),
         ):
             Gauge(name, text, registry=registry).set_function(value)
 
@@ -69,3 +73,14 @@ class EngineMetrics:
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=_SECONDS, registry=self.registry)
+
+
+def _memory_of(device: torch.device) -> tuple[tuple[str, str, Callable[[], int]], ...]:
+    """Gauges of a GPU's memory, as torch counts it."""
+    if device.type != "cuda":
+        return ()
+    return (
+        ("x2l_device_allocated_bytes", "Bytes of tensors on the GPU", partial(torch.cuda.memory_allocated, device)),
+        ("x2l_device_peak_bytes", "The most there were so far", partial(torch.cuda.max_memory_allocated, device)),
+        ("x2l_device_reserved_bytes", "Bytes taken from the GPU", partial(torch.cuda.memory_reserved, device)),
+    )

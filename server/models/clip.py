@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from server.models.patches import resize
 from server.video.frames import Frames
 
 CLIP_L_14_336: dict[str, Any] = {
@@ -50,8 +52,7 @@ class ClipEncoder(nn.Module):
         self.grid: int = vision.image_size // vision.patch_size
         self.stride = int(config.get("mm_spatial_pool_stride", 2))
         self.select_layer = int(config.get("mm_vision_select_layer", -2))
-        side = {"height": vision.image_size, "width": vision.image_size}
-        self.processor = CLIPImageProcessorPil(size={"shortest_edge": vision.image_size}, crop_size=side)
+        self.image_size: int = vision.image_size
 
     def extra_repr(self) -> str:
         """What the features depend on besides the weights."""
@@ -64,16 +65,29 @@ class ClipEncoder(nn.Module):
         return (self.grid // self.stride) ** 2
 
     def preprocess(self, frames: Frames) -> Tensor:
-        """uint8 [T, H, W, 3] -> float32 [T, 3, size, size]: bicubic to the shortest edge, centre crop, CLIP's norm."""
-        pixels: Tensor = self.processor(list(frames.pixels), return_tensors="pt")["pixel_values"]
-        return pixels
+        """uint8 [T, H, W, 3] -> uint8 [T, 3, size, size]: bicubic to the shortest edge, centre crop."""
+        _, height, width, _ = frames.pixels.shape
+        side, short = self.image_size, min(height, width)
+        columns, rows = int(side * width / short), int(side * height / short)
+        top, left = (rows - side) // 2, (columns - side) // 2
+        return resize(frames, (columns, rows))[:, :, top : top + side, left : left + side].contiguous()
 
     def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
-        """[T, 3, size, size] -> [T * tokens_per_frame, hidden]; Video-XL does not embed time."""
+        """[T, 3, size, size], uint8 or normalized by :func:`normalize` -> [T * tokens_per_frame, hidden]; Video-XL
+        does not embed time."""
         weight = self.projector[0].weight
         assert isinstance(weight, Tensor)
-        pixels = pixels.to(weight.device, weight.dtype)
+        pixels = pixels.to(weight.device)
+        pixels = (normalize(pixels) if pixels.dtype == torch.uint8 else pixels).to(weight.dtype)
         states = self.tower(pixels, output_hidden_states=True).hidden_states
         x = self.projector(states[self.select_layer][:, 1:])
         x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return torch.flatten(functional.avg_pool2d(x, self.stride).flatten(2).transpose(1, 2), 0, 1)
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 [T, 3, h, w] -> float32, by CLIP's mean and deviation, rounded where CLIPImageProcessor rounds."""
+    mean, std = (
+        torch.tensor(each, device=pixels.device)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
+    return ((pixels.double() * (1 / 255)).float() - mean) / std

@@ -110,7 +110,7 @@ class Decoding:
         return tokens, logits
 
     def _capture(self, num_rows: int, num_items: int) -> None:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and makes the libraries' handles
             self._compute(num_rows, num_items)
@@ -166,9 +166,9 @@ class _Plan:
         self._items = _Mirror((_MOST_ITEMS, kernels.ITEM_FIELDS), device)
         self._rows = _Mirror((max_rows * (kernels.TAIL_FIELDS + 1) + 1,), device)
         sizes = [max_rows * kernels.TAIL_FIELDS, max_rows + 1]
-        self._host_tails, self._host_ranges = self._rows.host.split(sizes)
+        self._host_tails, self._host_ranges = self._rows.host.split_with_sizes(sizes)
         self.items = self._items.device
-        tails, self.ranges = self._rows.device.split(sizes)
+        tails, self.ranges = self._rows.device.split_with_sizes(sizes)
         self.tails = tails.view(-1, kernels.TAIL_FIELDS)
         self._nowhere = torch.zeros(_NOWHERE_NBYTES, dtype=torch.uint8, device=device)
         self._made_for: list[tuple[ref[KVCache], int, int]] = []
@@ -176,14 +176,10 @@ class _Plan:
     def update(self, caches: Sequence[KVCache]) -> None:
         """Makes a plan for ``caches``, one a row, unless the last one will do. Each has room for one token more."""
         reach = [_num_own(cache) // _HORIZON + 1 for cache in caches]
-        made_for = [
-            (ref(cache), cache.keys.data_ptr(), blocks) for cache, blocks in zip(caches, reach, strict=True)
-        ]
+        made_for = [(ref(cache), cache.keys.data_ptr(), blocks) for cache, blocks in zip(caches, reach, strict=True)]
         if made_for == self._made_for and all(known() is not None for known, *_ in made_for):
             return
-        num_tokens = sum(
-            cache.num_shared + blocks * _HORIZON for cache, blocks in zip(caches, reach, strict=True)
-        )
+        num_tokens = sum(cache.num_shared + blocks * _HORIZON for cache, blocks in zip(caches, reach, strict=True))
         size = min(max(-(-num_tokens // (_WAVE * _SMALLEST_ITEM)) * _SMALLEST_ITEM, _SMALLEST_ITEM), _LARGEST_ITEM)
         items: list[tuple[int, ...]] = []
         ranges = [0]
@@ -253,7 +249,7 @@ class _Fused:
         """``x`` [rows, hidden], which is written over -> the next layer's."""
         (first, first_eps), (second, second_eps) = self._norms
         qkv = linear(kernels.norm(x, first, first_eps), self._qkv, self._qkv_bias)
-        q, k, v = (part.unflatten(1, (-1, batch.head_dim)) for part in qkv.split(self._sizes, dim=1))
+        q, k, v = (part.view(len(x), -1, batch.head_dim) for part in qkv.split_with_sizes(self._sizes, dim=1))
         attended = batch.attend(index, self._q_norm(q), self._k_norm(k), v)
         x = linear_into(x, attended.flatten(1), self._o)
         h = kernels.norm(x, second, second_eps)
@@ -308,9 +304,9 @@ def _bits(value: float) -> int:
 
 def _pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Weights [all outputs, inputs] and biases of several projections, of which theirs become views."""
-    weight = torch.cat([linear.weight for linear in linears])
+    weight = torch.cat([linear.weight.data for linear in linears])
     sizes = [linear.out_features for linear in linears]
-    for linear, part in zip(linears, weight.split(sizes), strict=True):
+    for linear, part in zip(linears, weight.split_with_sizes(sizes), strict=True):
         linear.weight.data = part
-    biases = [linear.bias for linear in linears if linear.bias is not None]
+    biases = [linear.bias.data for linear in linears if linear.bias is not None]
     return weight, torch.cat(biases) if biases else None

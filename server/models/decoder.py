@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from compression.cache import KVCache
 from compression.rope import Rope
-from compression.segments import SharedCache
-from server.models.segment_attention import attend_segments, segment_tables
+from server.models.segment_attention import attention_over
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -52,6 +51,22 @@ class DecoderConfig:
     @property
     def rope(self) -> Rope:
         return Rope(self.rotary_dim, self.rope_theta)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the VSTs of a pass stand, and where all ``others``: int64 indices of its tokens.
+
+    A mask would do, but a GPU has to be waited for whenever the number of what it marks is needed.
+    """
+
+    vsts: Tensor
+    others: Tensor
+
+    @classmethod
+    def of(cls, is_vst: Tensor) -> Self:
+        """From a mask [tokens]."""
+        return cls(is_vst.nonzero()[:, 0], (~is_vst).nonzero()[:, 0])
 
 
 class RMSNorm(nn.Module):
@@ -94,15 +109,15 @@ class Attention(nn.Module):
         """The same for VSTs."""
         return self._heads(self.beacon_q_proj(x), self.beacon_k_proj(x), self.beacon_v_proj(x))
 
-    def project(self, x: Tensor, is_vst: Tensor | None) -> QKV:
-        """A window ``[tokens, hidden]`` in which ``is_vst`` [tokens] marks the VSTs; None where there are none."""
-        if is_vst is None:
+    def project(self, x: Tensor, places: Places | None) -> QKV:
+        """A window ``[tokens, hidden]`` with VSTs at ``places``; None where there are none."""
+        if places is None:
             return self.plain(x)
         merged = []
-        for plain, summary in zip(self.plain(x[~is_vst]), self.summary(x[is_vst]), strict=True):
+        for plain, summary in zip(self.plain(x[places.others]), self.summary(x[places.vsts]), strict=True):
             whole = plain.new_empty((plain.shape[0], x.shape[0], plain.shape[2]))
-            whole[:, ~is_vst] = plain
-            whole[:, is_vst] = summary
+            whole.index_copy_(1, places.others, plain)
+            whole.index_copy_(1, places.vsts, summary)
             merged.append(whole)
         return merged[0], merged[1], merged[2]
 
@@ -139,9 +154,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def project(self, x: Tensor, is_vst: Tensor | None) -> QKV:
+    def project(self, x: Tensor, places: Places | None) -> QKV:
         """See :meth:`LayerLike.project`."""
-        return self.self_attn.project(self.input_layernorm(x), is_vst)
+        return self.self_attn.project(self.input_layernorm(x), places)
 
     def output(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual stream ``[..., tokens, hidden]`` and attention output ``[..., heads, tokens, head_dim]`` -> next."""
@@ -153,8 +168,9 @@ class Layer(nn.Module):
 class LayerLike(Protocol):
     """A pre-norm transformer layer, taken apart where its attention is."""
 
-    def project(self, x: Tensor, is_vst: Tensor | None) -> QKV:
-        """``[tokens, hidden]`` -> queries, keys and values ``[heads, tokens, head_dim]`` before RoPE."""
+    def project(self, x: Tensor, places: Places | None) -> QKV:
+        """``[tokens, hidden]`` with VSTs at ``places`` -> queries, keys, values ``[heads, tokens, head_dim]`` before
+        RoPE."""
 
     def output(self, x: Tensor, attended: Tensor) -> Tensor:
         """``x`` and the attention output ``[heads, tokens, head_dim]`` -> the next layer's ``x``."""
@@ -204,31 +220,24 @@ class LanguageModel(nn.Module, ABC):
         """
         sizes = [len(window.embeddings) for window in windows]
         x = torch.cat([window.embeddings for window in windows])
-        places = _places(windows, sizes, x.device)
-        cos, sin = self.rope.tables(places, x.dtype)
-        masks = [_causal(n, w.cache.length, x.device) for w, n in zip(windows, sizes, strict=True)]
-        tables = [
-            segment_tables(window.cache, place, self.rope, x.dtype) if isinstance(window.cache, SharedCache) else []
-            for window, place in zip(windows, torch.split(places, sizes, -1), strict=True)
+        positions = _places(windows, sizes, x.device)
+        cos, sin = self.rope.tables(positions, x.dtype)
+        seeing = [
+            attention_over(window.cache, places, x.dtype)
+            for window, places in zip(windows, torch.split(positions, sizes, -1), strict=True)
         ]
         is_vst = _join_masks(windows, sizes)
+        places = None if is_vst is None else Places.of(is_vst)
         for window, size in zip(windows, sizes, strict=True):
             window.cache.reserve(size)
         projected: list[QKV] = []
         for index, module in enumerate(self.layers[:num_layers]):
             layer = cast(LayerLike, module)
-            q, k, v = layer.project(x, is_vst)
+            q, k, v = layer.project(x, places)
             projected.append((q, k, v))
-            plain, q, k = q, self.rope.rotate(q, cos, sin), self.rope.rotate(k, cos, sin)
-            rows = zip(*(torch.split(part, sizes, 1) for part in (plain, q, k, v)), windows, masks, tables, strict=True)
-            attended = []
-            for unrotated, queries, keys, values, window, mask, moved in rows:
-                cache = window.cache
-                seen_keys, seen_values = cache.write(index, keys, values)
-                if isinstance(cache, SharedCache):
-                    attended.append(attend_segments(index, unrotated, queries, seen_keys, seen_values, cache, moved))
-                else:
-                    attended.append(_attend(queries, seen_keys, seen_values, mask))
+            rotated, k = self.rope.rotate(q, cos, sin), self.rope.rotate(k, cos, sin)
+            rows = zip(seeing, *(torch.split(part, sizes, 1) for part in (q, rotated, k, v)), strict=True)
+            attended = [see(index, *parts) for see, *parts in rows]
             x = layer.output(x, torch.cat(attended, dim=1))
             for part, window in zip(torch.split(x, sizes), windows, strict=True):
                 if window.deep is not None and index < len(window.deep):
@@ -269,21 +278,6 @@ def _places(windows: list[Window], sizes: list[int], device: torch.device) -> Te
         places.append(behind if window.positions is None else window.positions.to(device))
     axes = [len(place) for place in places if place.ndim == 2]
     return torch.cat([place.expand(axes[0], -1) for place in places] if axes else places, dim=-1)
-
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    out = functional.scaled_dot_product_attention(
-        queries[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
-    )
-    return out[0]
-
-
-def _causal(num_tokens: int, num_cached: int, device: torch.device) -> Tensor | None:
-    """The whole cache and the tokens up to oneself; None for a single token, which sees everything."""
-    if num_tokens == 1:
-        return None
-    mask = torch.ones(num_tokens, num_cached + num_tokens, dtype=torch.bool, device=device)
-    return mask.tril(num_cached)
 
 
 def _join_masks(windows: list[Window], sizes: list[int]) -> Tensor | None:

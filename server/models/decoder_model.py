@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from compression.mixed import MixedCache
 from compression.score import QueryTrace, Scorer
 from server.models.base import ModelSpec, Row, Turn, VideoModel
 from server.models.decoder import QKV, LanguageModel, Window
+from server.models.fingerprint import fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +105,14 @@ class DecoderModel(VideoModel):
         return text
 
     def _fingerprint(self, *settings: object) -> str:
-        """SHA-256 hex over ``settings``, which must tell all that changes a KV but the weights, and the weights."""
-        digest = hashlib.sha256(repr(settings).encode())
-        for module in vars(self).values():  # a model keeps what it runs as attributes
-            if isinstance(module, nn.Module):
-                for name, tensor in sorted(module.state_dict().items()):
-                    digest.update(name.encode())
-                    digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """Over ``settings``, which must tell all that changes a KV but the weights, and the weights."""
+        # A model keeps what it runs as attributes.
+        return fingerprint(settings, [part for part in vars(self).values() if isinstance(part, nn.Module)])
 
 
 def stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:
     """Every layer's keys and values, of the tokens where ``kept`` is True (None: all of them)."""
-    choose = slice(None) if kept is None else kept
+    choose = slice(None) if kept is None else kept.nonzero()[:, 0]
     keys = torch.stack([k[:, choose] for _, k, _ in projected])
     values = torch.stack([v[:, choose] for _, _, v in projected])
     return ChunkKV(keys, values, level, ratio)

@@ -4,6 +4,9 @@ All of them read what changes from step to step (tokens, places, lengths, where 
 launch grids that do not depend on it, so a CUDA graph can hold them.
 """
 
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
 from __future__ import annotations
 
 import torch
@@ -200,8 +203,8 @@ def _perturb(logits, temperatures, seeds, positions, VOCAB: tl.constexpr, BLOCK:
 def append(
     keys: Tensor, values: Tensor, tails: Tensor, lengths: Tensor, positions: Tensor, table: Tensor, layer: int
 ) -> None:
-    """Rotates ``keys`` [rows, kv_heads, head_dim] to ``positions`` [rows] and puts them and ``values`` behind every row's
-    own ``lengths`` [rows] tokens. ``table`` is cos and sin, [positions, 2, rotary_dim // 2]."""
+    """Rotates ``keys`` [rows, kv_heads, head_dim] to ``positions`` [rows] and puts them and ``values`` behind every
+    row's own ``lengths`` [rows] tokens. ``table`` is cos and sin, [positions, 2, rotary_dim // 2]."""
     rows, heads, head_dim = keys.shape
     _append[rows, heads](
         keys, values, tails, lengths, positions, table, layer, keys.stride(0), values.stride(0),
@@ -213,7 +216,8 @@ def attend(
     queries: Tensor, items: Tensor, ranges: Tensor, lengths: Tensor, positions: Tensor, table: Tensor, layer: int,
     kv_heads: int, *, block: int = 64, num_warps: int = 4, num_stages: int = 3, merge_block: int = 16,
 ) -> Tensor:  # fmt: skip
-    """``queries`` [rows, heads, head_dim] before RoPE, each over its row's items and what was appended -> the same shape.
+    """``queries`` [rows, heads, head_dim] before RoPE, each over its row's items with what was appended -> the same
+    shape.
 
     Row ``r`` has the items ``ranges[r]`` to ``ranges[r + 1]``; those behind the last row's are passed over.
     """
@@ -266,8 +270,8 @@ def gemv(
 
 
 def perturb(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> None:
-    """Turns ``logits`` [rows, vocab] float32, where a row's temperature is not 0, into ones whose largest is a draw from
-    their softmax (Gumbel): the same for the same seed and position, whatever else is in the batch."""
+    """Turns ``logits`` [rows, vocab] float32, where a row's temperature is not 0, into ones whose largest is a draw
+    from their softmax (Gumbel): the same for the same seed and position, whatever else is in the batch."""
     vocab = logits.shape[1]
     _perturb[len(logits), triton.cdiv(vocab, 1024)](
         logits, temperatures, seeds, positions, VOCAB=vocab, BLOCK=1024, num_warps=4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,7 @@ FRAME_TOKENS = 128, 134
 """Least and most visual tokens of one step in time. The most is what Qwen2.5-VL's published preprocessing leaves a long
 video (1.05 times the least), whatever this one's length: a frame's size must not depend on how many follow. What a
 folder says of sizes does not count: it is about images, or about a whole video."""
+_RESIZING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +149,12 @@ class PatchTower(nn.Module, ABC):
 
 def resize(frames: Frames, size: tuple[int, int]) -> Tensor:
     """uint8 [T, H, W, 3] -> uint8 [T, 3, h, w], to a width and height, with PIL's bicubic filter."""
-    resized = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in frames.pixels]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2).contiguous()
+
+    def resized(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+    with ThreadPoolExecutor(_RESIZING_THREADS) as threads:  # PIL lets go of the interpreter meanwhile
+        return torch.from_numpy(np.stack(list(threads.map(resized, frames.pixels)))).permute(0, 3, 1, 2).contiguous()
 
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:

@@ -2,67 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from compression.rope import Rope
+from compression.cache import KVCache
 from compression.segments import SharedCache
+from server.models.attention import attend, causal_mask, has_flash
 
-Tables = tuple[Tensor, Tensor]
-_LARGEST_FLASH_HEAD_DIM = 256
-
-
-def segment_tables(cache: SharedCache, positions: Tensor, rope: Rope, dtype: torch.dtype) -> list[Tables]:
-    """How queries at ``positions`` ([n], or [axes, n]) are rotated for each of the cache's segments."""
-    return [rope.tables(positions - segment.offset, dtype) for segment in cache.segments]
+See = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A layer's index, queries before and behind RoPE [heads, n, head_dim], keys behind it and values [kv_heads, n,
+head_dim] of new tokens, which are written to the cache -> what they attend to, the shape of the queries."""
 
 
-def attend_segments(
-    layer: int, queries: Tensor, own: Tensor, keys: Tensor, values: Tensor, cache: SharedCache, tables: Sequence[Tables]
-) -> Tensor:
-    """New tokens over the shared segments, which they see whole, and over the cache's own tokens, causally.
+def attention_over(cache: KVCache, positions: Tensor, dtype: torch.dtype) -> See:
+    """The attention of new tokens at ``positions`` ([n], or [axes, n]) over ``cache`` and causally over themselves."""
+    rope, size = cache.rope, positions.shape[-1]
+    mask = causal_mask(size, cache.length - cache.num_shared, cache.keys, cache.head_dim)
+    shared = cache.segments if isinstance(cache, SharedCache) else ()
+    tables = [rope.tables(positions - segment.offset, dtype) for segment in shared]
 
-    ``queries`` [heads, n, head_dim] are before RoPE, ``own`` the same where they stand; ``keys`` and ``values`` are
-    [kv_heads, own tokens, head_dim] with the new ones at the end. Returns [heads, n, head_dim].
-    """
-    shares = [_share(own, keys, values, causal=True)]
-    for segment, (cos, sin) in zip(cache.segments, tables, strict=True):
-        rotated = cache.rope.rotate(queries, cos, sin)
-        shares.append(_share(rotated, segment.keys[layer], segment.values[layer], causal=False))
-    return merge([out for out, _ in shares], [weight for _, weight in shares]).to(queries.dtype)
+    def see(layer: int, plain: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys, values = cache.write(layer, keys, values)
+        if not shared:
+            return attend(queries, keys, values, mask)
+        shares = [_share(queries, keys, values, mask, causal=True)]
+        for segment, (cos, sin) in zip(shared, tables, strict=True):
+            rotated = rope.rotate(plain, cos, sin)
+            shares.append(_share(rotated, segment.keys[layer], segment.values[layer], None, causal=False))
+        return merge([out for out, _ in shares], [weight for _, weight in shares]).to(queries.dtype)
+
+    return see
 
 
 def merge(outs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Results [heads, n, head_dim] of softmaxes over parts, and the logarithms [heads, n] of their sums -> the result
     over all of them (flash-decoding), float32."""
     shares = torch.stack(list(weights)).softmax(0)
-    stacked = torch.stack([out.float() for out in outs])
-    return (stacked * shares[..., None]).sum(0)
+    return (torch.stack([out.float() for out in outs]) * shares[..., None]).sum(0)
 
 
-def _share(queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """[heads, n, head_dim] and float32 [heads, n]: the attention's result and the logarithm of its softmax's sum.
+def _share(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """[heads, n, head_dim] and float32 [heads, n]: what the attention gives, and the logarithm of its softmax's sum.
 
-    ``causal``: the last query stands at the last key.
+    ``causal``: the last query stands at the last key; ``mask`` is then what :func:`causal_mask` gave.
     """
     heads, tokens, head_dim = queries.shape
-    if _has_flash(queries):
+    if has_flash(queries.device, queries.dtype, head_dim):
         flash = torch.ops.aten._scaled_dot_product_flash_attention(
             queries[None], keys[None], values[None], 0.0, causal, False
         )
         return flash[0][0], flash[1][0]
-    grouped = queries.reshape(keys.shape[0], -1, head_dim)
-    logits = (grouped @ keys.transpose(-1, -2)).float() * head_dim**-0.5
-    if causal and tokens > 1:
-        seen = torch.ones(tokens, keys.shape[1], dtype=torch.bool, device=keys.device).tril(keys.shape[1] - tokens)
-        logits = logits.unflatten(1, (-1, tokens)).masked_fill(~seen, -torch.inf).flatten(1, 2)
+    logits = (queries.reshape(keys.shape[0], -1, head_dim) @ keys.transpose(-1, -2)).float() * head_dim**-0.5
+    if mask is not None:
+        logits = logits.unflatten(1, (-1, tokens)).masked_fill(~mask, -torch.inf).flatten(1, 2)
     out = logits.softmax(-1).to(values.dtype) @ values
     return out.reshape(queries.shape), logits.logsumexp(-1).reshape(heads, tokens)
-
-
-def _has_flash(queries: Tensor) -> bool:
-    head_dim = queries.shape[-1]
-    half = queries.dtype in (torch.float16, torch.bfloat16)
-    return queries.is_cuda and half and head_dim % 8 == 0 and head_dim <= _LARGEST_FLASH_HEAD_DIM

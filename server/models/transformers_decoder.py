@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from compression.rope import Rope
-from server.models.decoder import QKV, LanguageModel
+from server.models.decoder import QKV, LanguageModel, Places
 
 
 class TransformersDecoder(LanguageModel):
@@ -42,7 +42,7 @@ class TransformersLayer(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def project(self, x: Tensor, is_vst: Tensor | None) -> QKV:
+    def project(self, x: Tensor, places: Places | None) -> QKV:
         """See :meth:`server.models.decoder.LayerLike.project`; there are no VSTs."""
         layer: Any = self.layer
         attention, x = layer.self_attn, layer.input_layernorm(x)

@@ -1,10 +1,10 @@
 """How close decoding comes to the memory's pace: ``python tests/benchmarks/decode_roofline.py [--tiny] [--out FILE]``.
 
-Random weights of Video-XL-7B's shape (Qwen2-7B) in bfloat16 are made on the device, and mixed caches of 2,000 and 18,000 KV
-tokens with three chunks re-loaded (fewer in the small one), each row's own. A step's floor is the time that the device,
-at the pace of a plain copy, takes to read the weights and all KVs once. Beside it: the same layers in plain PyTorch over
-copied caches, as the CPU runs them, and ``generate`` of transformers on the same weights and as many KVs. ``--tune`` tries
-other block sizes of the kernels first and goes on with the best. ``--tiny`` is for looking whether it runs at all.
+Random weights of Video-XL-7B's shape (Qwen2-7B) in bfloat16 are made on the device, and mixed caches of 2,000 and
+18,000 KV tokens with one and three chunks re-loaded, each row's own. A step's floor is the time that the device, at the
+pace of a plain copy, takes to read the weights and all KVs once. Beside it: the same layers in plain PyTorch over
+copied caches, as the CPU runs them, and ``generate`` of transformers on the same weights and as many KVs. ``--tune``
+tries other block sizes of the kernels first and goes on with the best. ``--tiny`` is for looking whether it runs.
 """
 
 from __future__ import annotations
@@ -54,6 +54,21 @@ TINY = DecoderConfig(
 NUM_PREFIX, NUM_HIGH, NUM_LOW = 14, 45, 720
 STEPS, ROOM = 24, 256
 REPEATS = 5
+GEMV_CANDIDATES = (2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 256, 4), (16, 512, 8)
+ATTENTION_CANDIDATES = (  # block, warps, stages, smallest and largest item, items in a wave
+    (64, 4, 3, 64, 1024, 132),
+    (64, 4, 2, 64, 1024, 132),
+    (32, 4, 3, 64, 1024, 132),
+    (32, 2, 4, 64, 1024, 132),
+    (128, 4, 2, 128, 1024, 132),
+    (128, 8, 2, 128, 1024, 132),
+    (64, 8, 3, 64, 1024, 132),
+    (64, 4, 3, 64, 512, 132),
+    (64, 4, 3, 64, 2048, 132),
+    (64, 4, 3, 64, 1024, 66),
+    (64, 4, 3, 64, 1024, 99),
+    (64, 4, 3, 128, 1024, 132),
+)
 
 
 @dataclass(frozen=True)
@@ -354,14 +369,14 @@ def linear_speeds(model: Decoder, config: DecoderConfig, tune: bool) -> list[dic
         row["kernel_1"] = gb_s(lambda w, x=x, gated=gated: kernels.gemv(x, w, gated=gated))
         if tune:
             tried = {}
-            for blocks in ((2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 256, 4), (16, 512, 8)):
+            for blocks in GEMV_CANDIDATES:
                 kernels.GEMV_BLOCKS[num_out, num_in] = blocks
                 tried[blocks] = gb_s(lambda w, x=x, gated=gated: kernels.gemv(x, w, gated=gated))
             best = max(tried, key=lambda blocks: tried[blocks])
             kernels.GEMV_BLOCKS[num_out, num_in] = best
             row |= {"tried": {str(blocks): speed for blocks, speed in tried.items()}, "best": best}
             row["kernel_1"] = tried[best]
-        say(" ".join(f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        say(" ".join(f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         table.append(row)
     return table
 
@@ -406,12 +421,6 @@ def tune_attention(
 
     like = torch.empty((), dtype=dtype, device=device)
     table = torch.stack(config.rope.tables(torch.arange(config.max_position_embeddings, device=device), dtype), dim=1)
-    candidates = [
-        (block, warps, stages, 64, largest, wave)
-        for block, warps, stages in ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 2, 4), (128, 4, 2), (128, 8, 2), (64, 8, 3))
-        for largest, wave in ((1024, 132),)
-    ] + [(64, 4, 3, 64, 512, 132), (64, 4, 3, 64, 2048, 132), (64, 4, 3, 64, 1024, 66), (64, 4, 3, 64, 1024, 99),
-         (64, 4, 3, 128, 1024, 132)]  # fmt: skip
     scores: dict[tuple[int, ...], float] = {}
     found = []
     for shape in (shapes[0], next(s for s in shapes if s.num_tokens == shapes[-1].num_tokens), shapes[-1]):
@@ -423,7 +432,7 @@ def tune_attention(
         queries = like.new_empty(shape.num_rows, config.num_attention_heads, config.head_dim).normal_()
         state = [torch.zeros(shape.num_rows, dtype=torch.int64, device=device) for _ in range(2)]
         state[1] += caches[0].next_position
-        for candidate in candidates:
+        for candidate in ATTENTION_CANDIDATES:
             with attention(*candidate):
                 plan = decode._Plan(64, device)
                 plan.update(caches)
@@ -443,8 +452,8 @@ def tune_attention(
 
 
 def relative_errors(config: DecoderConfig, device: torch.device) -> dict[str, float]:
-    """Of the logits of two layers of these widths, for several steps over shared KVs: the kernels in bfloat16, and plain
-    PyTorch over copied KVs in bfloat16, both against plain PyTorch in float32."""
+    """Of the logits of two layers of these widths, for several steps over shared KVs: the kernels in bfloat16, and
+    plain PyTorch over copied KVs in bfloat16, both against plain PyTorch in float32."""
     import dataclasses
 
     from server.models.decode import DecodeRow, Decoding

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from common import Video
@@ -28,6 +28,8 @@ class Live:
 
     url: str
     pid: int
+    plan: Mapping[str, str]
+    """What it said that it would do."""
 
     def client(self) -> OpenAI:
         """The stock client. It tries nothing again: a refusal is a finding."""
@@ -53,22 +55,24 @@ class Reply:
 
 
 @contextlib.contextmanager
-def serving(*options: str) -> Iterator[Live]:
-    """``x2l serve`` on a free port with a disk store of its own; both are gone in the end."""
+def serving(*options: str, log: IO[str] | None = None) -> Iterator[Live]:
+    """``x2l serve`` on a free port with a disk store of its own; both are gone in the end. ``log`` gets its errors."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("X2L_")}
     with tempfile.TemporaryDirectory(prefix="x2l-benchmark-") as folder:
         command = [sys.executable, "-m", "server", "serve", "--port", "0", "--store", f"disk:{folder}/store"]
         with subprocess.Popen(
-            [*command, "--log-level", "warning", *options], stdout=subprocess.PIPE, text=True, env=kept
+            [*command, "--log-level", "warning", *options], stdout=subprocess.PIPE, stderr=log, text=True, env=kept
         ) as process:
             try:
                 assert process.stdout is not None
-                lines = (line.split() for line in process.stdout)
-                url = next((words[1] for words in lines if words[:1] == ["address"]), None)
+                plan: dict[str, str] = {}
+                while "address" not in plan and (line := process.stdout.readline()):
+                    name, _, plan[name] = (part.strip() for part in line.partition(" "))
+                url = plan.pop("address", None)
                 if url is None:
                     raise SystemExit(f"the server did not start (exit code {process.wait()})")
                 _wait_ready(url)
-                yield Live(url, process.pid)
+                yield Live(url, process.pid, plan)
             finally:
                 process.terminate()
 

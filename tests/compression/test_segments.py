@@ -91,9 +91,7 @@ def test_own_positions_move_by_their_shift_alone(shift: int) -> None:
     copied = MixedCache(kv(3, "prefix"), moved, M_ROPE, room=4)
     assert shared.next_position == copied.next_position == 201 + shift
     queries = torch.randn(2, 3, 1, 8)
-    torch.testing.assert_close(
-        logits(queries, shared, 300), logits(queries, copied, 300), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(logits(queries, shared, 300), logits(queries, copied, 300), atol=1e-4, rtol=1e-4)
 
 
 def test_two_videos_stand_one_behind_the_other() -> None:

@@ -103,8 +103,10 @@ def test_decoding_by_the_kernels(qk_norm: bool, rotary_dim: int, num_rows: int) 
     rows = [*pairs, (text, text_copy)] if num_rows > 1 else pairs
     tokens = list(range(3, 3 + len(rows)))
     for _ in range(5):
-        expected = read(plain, [(torch.tensor([t], device=DEVICE), copied) for t, (_, copied) in zip(tokens, rows)])
-        chosen, logits = decoding.step([DecodeRow(t, cache) for t, (cache, _) in zip(tokens, rows)])
+        expected = read(
+            plain, [(torch.tensor([t], device=DEVICE), copied) for t, (_, copied) in zip(tokens, rows, strict=True)]
+        )
+        chosen, logits = decoding.step([DecodeRow(t, cache) for t, (cache, _) in zip(tokens, rows, strict=True)])
         torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
         assert chosen == expected.argmax(-1).tolist()
         tokens = chosen

@@ -1,0 +1,173 @@
+"""Checkpoints of full-size models with random bfloat16 weights, as fast as the device and the disk allow."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from checkpoints import TINY, layout
+
+from server.models.clip import CLIP_L_14_336
+
+FAMILIES = ("videoxl", "qwen2_5_vl")
+VOCAB_SIZE, NUM_TEXT_TOKENS = 152_064, 151_643
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+STD = 0.02
+SHARD_NBYTES = 2 << 30
+NUM_WRITERS = 8
+
+
+def write_checkpoint(family: str, folder: Path, num_layers: int | None = None) -> None:
+    """A folder as users find it: sharded safetensors, configuration, tokenizer. The sizes are those of the published 7B
+    models, but for ``num_layers`` of the language model. The weights are drawn from a fixed seed, on a GPU if there is
+    one: small enough for what they compute to stay finite."""
+    folder.mkdir(parents=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
+    write = {"videoxl": _write_videoxl, "qwen2_5_vl": _write_qwen2_5_vl}[family]
+    shapes = write(folder, num_layers or 28, ids)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids["<|im_end|>"]]}))
+    write_tensors(folder, shapes, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte for whatever is read, and a word for every other id, so that random answers can be read too."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: index for index, symbol in enumerate(alphabet)}
+    vocab |= {f"Ġw{index}": index for index in range(len(vocab), NUM_TEXT_TOKENS)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIALS])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+
+
+def write_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+    """Random tensors of these shapes, as shards with their index."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    nbytes = 0
+    for name, shape in shapes.items():
+        if nbytes >= SHARD_NBYTES:
+            shards.append({})
+            nbytes = 0
+        shards[-1][name] = shape
+        nbytes += 2 * math.prod(shape)
+    files = [f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
+    seeds = {name: seed for seed, name in enumerate(shapes)}
+    with ThreadPoolExecutor(NUM_WRITERS) as writers:
+        for written in [
+            writers.submit(_write_shard, folder / file, shard, seeds, device)
+            for file, shard in zip(files, shards, strict=True)
+        ]:
+            written.result()
+    places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _write_shard(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], seeds: Mapping[str, int], device: torch.device
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            if len(shape) == 1 and name.endswith("weight"):  # of a norm
+                weight.fill_(1)
+            else:
+                weight.normal_(0, STD, generator=torch.Generator(device).manual_seed(seeds[name]))
+            file.write(weight.cpu().view(torch.uint8).numpy().data)
+
+
+def _write_videoxl(folder: Path, num_layers: int, ids: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    config = TINY | {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "beacon_window": 1440,
+        "beacon_stride": 1440,
+        "eos_token_id": ids["<|im_end|>"],
+        "vision_config": CLIP_L_14_336,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return layout(config)
+
+
+def _write_qwen2_5_vl(folder: Path, num_layers: int, ids: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    text = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128_000,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "out_hidden_size": 3584,
+        "tokens_per_second": 2,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    return {_published(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _published(name: str) -> str:
+    """A tensor's name in transformers 5 -> in the published checkpoints."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
