@@ -116,7 +116,7 @@ class Decoding:
             self._compute(num_rows, num_items)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             tokens, logits = self._compute(num_rows, num_items)
         self._pool = self._pool or graph.pool()
         self._graphs[num_rows, num_items] = graph, tokens, logits
