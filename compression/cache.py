@@ -35,6 +35,11 @@ class KVCache:
         """Of the tokens held, those before the ones in ``keys`` and ``values``, in somebody else's memory."""
 
     @property
+    def num_own(self) -> int:
+        """KV tokens held in ``keys`` and ``values``."""
+        return self.length - self.num_shared
+
+    @property
     def capacity(self) -> int:
         return int(self.keys.shape[2])
 
@@ -54,7 +59,7 @@ class KVCache:
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for ``num_tokens`` more, doubling the buffers where they are too small."""
-        needed = self.length - self.num_shared + num_tokens
+        needed = self.num_own + num_tokens
         if needed > self.capacity:
             grow = (0, 0, 0, max(needed, 2 * self.capacity) - self.capacity)
             self.keys = torch.nn.functional.pad(self.keys, grow)
@@ -106,7 +111,7 @@ class KVCache:
         Returns that layer's keys and values up to and including them, as views (without shared ones). What was written
         counts only after :meth:`advance`; without it the next write goes over it.
         """
-        start = self.length - self.num_shared
+        start = self.num_own
         stop = start + keys.shape[1]
         self.keys[layer, :, start:stop] = keys
         self.values[layer, :, start:stop] = values

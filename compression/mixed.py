@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -40,7 +40,11 @@ class MixedCache(KVCache):
         super().__init__(prefix, rope, capacity=sum(part.num_tokens for part in parts) + room)
         self.append(*parts)
         ends = list(accumulate(part.num_tokens for part in parts))
-        self.spans: tuple[tuple[int, int], ...] = tuple(pairwise(ends))
+        self._end_videos(pairwise(ends))
+
+    def _end_videos(self, spans: Iterable[tuple[int, int]]) -> None:
+        """The conversation begins here."""
+        self.spans: tuple[tuple[int, int], ...] = tuple(spans)
         """Token range of every chunk: ``(start, stop)``."""
         self.num_mixed = self.length
         """KV tokens of prefix and video, without the conversation."""

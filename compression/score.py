@@ -35,8 +35,13 @@ class Scorer(Protocol):
     def num_layers(self) -> int | None:
         """Layers whose queries are needed (the forward pass stops behind them); None means all."""
 
+    @property
+    def reads_chunks(self) -> bool:
+        """Whether it looks at ``high``; the cache is enough for the others."""
+
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
-        """``cache`` is prefix and all H-KVs, ``high`` the same H-KVs before RoPE -> float32 [chunks]."""
+        """``cache`` is prefix and all H-KVs, ``high`` the same H-KVs before RoPE (unless :attr:`reads_chunks` is False,
+        none at all) -> float32 [chunks]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,10 @@ class AttentionScorer:
     @property
     def num_layers(self) -> int | None:
         return None if self.heads is None else 1 + max(layer for layer, _ in self.heads)
+
+    @property
+    def reads_chunks(self) -> bool:
+        return False
 
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
         layers, heads, tokens, head_dim = trace.queries.shape
@@ -92,6 +101,10 @@ class CosineScorer:
     @property
     def num_layers(self) -> int | None:
         return None
+
+    @property
+    def reads_chunks(self) -> bool:
+        return True
 
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
         query = trace.queries[1:].mean(2).float()

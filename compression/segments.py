@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import torch
 from torch import Tensor
 
 from compression.cache import KVCache
@@ -35,6 +36,7 @@ class RotatedKV:
     next_positions: tuple[int | None, ...]
 
     @classmethod
+    @torch.inference_mode()
     def of(cls, parts: Sequence[ChunkKV], rope: Rope) -> RotatedKV:
         """Copies ``parts``, which are at least one, into one buffer."""
         cache = KVCache(parts[0], rope, capacity=sum(part.num_tokens for part in parts))
@@ -79,8 +81,8 @@ class SharedCache(MixedCache):
                 runs[-1] = (part.source, runs[-1][1], stop, offset)
             elif stop > start:
                 runs.append((part.source, start, stop, offset))
-        self.spans = tuple(spans[1:])
-        self.num_mixed = self.num_shared = self.length
+        self._end_videos(spans[1:])
+        self.num_shared = self.length
         self._segments = tuple(
             Segment(source.keys[:, :, start:stop], source.values[:, :, start:stop], offset)
             for source, start, stop, offset in runs
@@ -90,8 +92,3 @@ class SharedCache(MixedCache):
     def segments(self) -> tuple[Segment, ...]:
         """Prefix and videos, in order."""
         return self._segments
-
-    @property
-    def num_own(self) -> int:
-        """KV tokens of its own, behind the shared ones; their keys are rotated to where they stand."""
-        return self.length - self.num_shared

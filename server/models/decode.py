@@ -16,6 +16,7 @@ from torch.nn import functional
 from compression.cache import KVCache
 from compression.segments import SharedCache
 from server.models import kernels
+from server.models.base import Step
 from server.models.decoder import LanguageModel, LayerLike
 
 _log = logging.getLogger(__name__)
@@ -30,16 +31,6 @@ _LEAST_ITEMS, _MOST_ITEMS = 128, 1 << 15
 """Of a graph, by powers of two."""
 _NOWHERE_NBYTES = 4096
 """Where rows that only fill a graph up write their keys and values; more than a head."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """The token drawn last, to be put behind ``cache``, and how to draw the next: ``temperature`` 0 is greedy."""
-
-    token: int
-    cache: KVCache
-    temperature: float = 0.0
-    seed: int = 0
 
 
 class Decoding:
@@ -75,7 +66,7 @@ class Decoding:
         self._pool: Any = None
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[DecodeRow]) -> tuple[list[int], Tensor]:
+    def step(self, rows: Sequence[Step]) -> tuple[list[int], Tensor]:
         """Appends every row's token to its cache and draws the next ones; they come with the logits [rows, vocab] that
         they were drawn from (perturbed where there is a temperature), which are good until the next step."""
         for row in rows:
@@ -84,7 +75,7 @@ class Decoding:
         state = self._state.host
         state.zero_()
         fields = [
-            (row.token, row.cache.next_position, _num_own(row.cache), row.seed, _bits(row.temperature)) for row in rows
+            (row.token, row.cache.next_position, row.cache.num_own, row.seed, _bits(row.temperature)) for row in rows
         ]
         state[:, : len(rows)] = torch.tensor(fields, dtype=torch.int64).T
         self._state.upload()
@@ -175,7 +166,7 @@ class _Plan:
 
     def update(self, caches: Sequence[KVCache]) -> None:
         """Makes a plan for ``caches``, one a row, unless the last one will do. Each has room for one token more."""
-        reach = [_num_own(cache) // _HORIZON + 1 for cache in caches]
+        reach = [cache.num_own // _HORIZON + 1 for cache in caches]
         made_for = [(ref(cache), cache.keys.data_ptr(), blocks) for cache, blocks in zip(caches, reach, strict=True)]
         if made_for == self._made_for and all(known() is not None for known, *_ in made_for):
             return
@@ -287,10 +278,6 @@ def _items(row: int, cache: KVCache, num_own: int, size: int) -> Iterator[tuple[
             shift, count = start * token_nbytes, min(step, num_tokens - start)
             first = start if own else -1
             yield keys_at + shift, values_at + shift, layer_stride, head_stride, row, offset, count, first
-
-
-def _num_own(cache: KVCache) -> int:
-    return cache.length - cache.num_shared
 
 
 def _eps(norm: Any) -> float:

@@ -19,7 +19,7 @@ head_dim] of new tokens, which are written to the cache -> what they attend to, 
 def attention_over(cache: KVCache, positions: Tensor, dtype: torch.dtype) -> See:
     """The attention of new tokens at ``positions`` ([n], or [axes, n]) over ``cache`` and causally over themselves."""
     rope, size = cache.rope, positions.shape[-1]
-    mask = causal_mask(size, cache.length - cache.num_shared, cache.keys, cache.head_dim)
+    mask = causal_mask(size, cache.num_own, cache.keys, cache.head_dim)
     shared = cache.segments if isinstance(cache, SharedCache) else ()
     tables = [rope.tables(positions - segment.offset, dtype) for segment in shared]
 

@@ -215,7 +215,7 @@ def measure(
 
 def graph_ms(model: Decoder, config: DecoderConfig, caches: list[MixedCache], profile: bool) -> dict[str, Any]:
     """Milliseconds a step, as the engine takes it: what the host does included; and how long the first one took."""
-    from server.models.decode import DecodeRow
+    from server.models.base import Step
 
     decoding = decoding_of(model, config)
     torch.cuda.synchronize()
@@ -225,11 +225,11 @@ def graph_ms(model: Decoder, config: DecoderConfig, caches: list[MixedCache], pr
     def steps() -> None:
         nonlocal tokens
         for _ in range(STEPS):
-            tokens, _ = decoding.step([DecodeRow(token, cache) for token, cache in zip(tokens, caches, strict=True)])
+            tokens, _ = decoding.step([Step(token, cache) for token, cache in zip(tokens, caches, strict=True)])
         for cache in caches:
             cache.length = cache.num_mixed
 
-    tokens, _ = decoding.step([DecodeRow(token, cache) for token, cache in zip(tokens, caches, strict=True)])
+    tokens, _ = decoding.step([Step(token, cache) for token, cache in zip(tokens, caches, strict=True)])
     first_ms = 1e3 * (time.perf_counter() - begin_s)
     steps()
     times_ms = sorted(1e3 * median_s(steps, 1) / STEPS for _ in range(REPEATS))
@@ -244,7 +244,7 @@ def graph_ms(model: Decoder, config: DecoderConfig, caches: list[MixedCache], pr
     if captured is not None:
         row["device_ms"] = 1e3 * median_s(captured[0].replay, 10)
     if profile:
-        row["kernels_us"] = profiled(lambda: decoding.step([DecodeRow(7, cache) for cache in caches]))
+        row["kernels_us"] = profiled(lambda: decoding.step([Step(7, cache) for cache in caches]))
     return row
 
 
@@ -456,7 +456,8 @@ def relative_errors(config: DecoderConfig, device: torch.device) -> dict[str, fl
     plain PyTorch over copied KVs in bfloat16, both against plain PyTorch in float32."""
     import dataclasses
 
-    from server.models.decode import DecodeRow, Decoding
+    from server.models.base import Step
+    from server.models.decode import Decoding
 
     small = dataclasses.replace(config, num_hidden_layers=2)
     torch.manual_seed(0)
@@ -481,7 +482,7 @@ def relative_errors(config: DecoderConfig, device: torch.device) -> dict[str, fl
         for step in range(4):
             tokens = [(5 + 31 * step + row) % small.vocab_size for row in range(num_rows)]
             ids = torch.tensor(tokens, device=device)
-            seen = {"kernels": decoding.step([DecodeRow(t, c) for t, c in zip(tokens, shared, strict=True)])[1]}
+            seen = {"kernels": decoding.step([Step(t, c) for t, c in zip(tokens, shared, strict=True)])[1]}
             for model, caches, name in ((plain, copies, "plain"), (exact, exacts, "exact")):
                 hidden, _ = model([Window(model.embed_tokens(i), c) for i, c in zip(ids.split(1), caches, strict=True)])
                 seen[name] = model.logits(hidden)

@@ -94,7 +94,8 @@ def test_a_prompt_over_shared_kvs_reads_as_over_a_copy(qk_norm: bool) -> None:
 @with_kernels
 @pytest.mark.parametrize(("qk_norm", "rotary_dim", "num_rows"), [(False, 16, 1), (True, 8, 1), (False, 16, 3)])
 def test_decoding_by_the_kernels(qk_norm: bool, rotary_dim: int, num_rows: int) -> None:
-    from server.models.decode import DecodeRow, Decoding
+    from server.models.base import Step
+    from server.models.decode import Decoding
 
     model, plain = (decoder(qk_norm=qk_norm, rotary_dim=rotary_dim) for _ in range(2))
     decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
@@ -106,19 +107,20 @@ def test_decoding_by_the_kernels(qk_norm: bool, rotary_dim: int, num_rows: int) 
         expected = read(
             plain, [(torch.tensor([t], device=DEVICE), copied) for t, (_, copied) in zip(tokens, rows, strict=True)]
         )
-        chosen, logits = decoding.step([DecodeRow(t, cache) for t, (cache, _) in zip(tokens, rows, strict=True)])
+        chosen, logits = decoding.step([Step(t, cache) for t, (cache, _) in zip(tokens, rows, strict=True)])
         torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
         assert chosen == expected.argmax(-1).tolist()
         tokens = chosen
     # Rows that go and rows that stay.
     expected = read(plain, [(torch.tensor([tokens[0]], device=DEVICE), rows[0][1])])
-    _, logits = decoding.step([DecodeRow(tokens[0], rows[0][0])])
+    _, logits = decoding.step([Step(tokens[0], rows[0][0])])
     torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
 
 
 @with_kernels
 def test_own_tokens_past_what_was_planned_for() -> None:
-    from server.models.decode import DecodeRow, Decoding
+    from server.models.base import Step
+    from server.models.decode import Decoding
 
     model = decoder()
     decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=1)
@@ -128,13 +130,14 @@ def test_own_tokens_past_what_was_planned_for() -> None:
     read(model, [(ids, copied)])
     for token in range(2):
         expected = read(model, [(torch.tensor([token], device=DEVICE), copied)])
-        _, logits = decoding.step([DecodeRow(token, shared)])
+        _, logits = decoding.step([Step(token, shared)])
         torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
 
 
 @with_kernels
 def test_draws_follow_the_temperature_and_the_seed_alone() -> None:
-    from server.models.decode import DecodeRow, Decoding
+    from server.models.base import Step
+    from server.models.decode import Decoding
 
     model = decoder()
     decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
@@ -142,7 +145,7 @@ def test_draws_follow_the_temperature_and_the_seed_alone() -> None:
     probabilities = (read(model, [(torch.tensor([7], device=DEVICE), copied)])[0] / 0.5).softmax(-1)
 
     def draws(seeds: list[int]) -> list[int]:
-        chosen, _ = decoding.step([DecodeRow(7, shared, 0.5, seed) for seed in seeds])
+        chosen, _ = decoding.step([Step(7, shared, 0.5, seed) for seed in seeds])
         shared.length = shared.num_mixed
         return chosen
 
