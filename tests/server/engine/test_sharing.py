@@ -122,10 +122,10 @@ def test_a_step_that_fails_ends_its_question_alone(
     plain = drive(model=model, share_kvs=True)
     records = [plain.upload(four_chunks), plain.upload(two_chunks)]
     expected = plain.ask(records[0])
-    guilty = plain.ask(records[1], dial=Dial(mode="low")).outcome.mixed_tokens
+    guilty = plain.ask(records[1], dial=Dial(mode="high")).outcome.mixed_tokens
     assert guilty != expected.outcome.mixed_tokens
     model.step_decoder = lambda max_rows: PlainSteps(model, guilty)  # type: ignore[method-assign]
     driver = drive(plain.store, model=model, share_kvs=True)
-    answers = [driver.start(records[0]), driver.start(records[1], dial=Dial(mode="low"))]
+    answers = [driver.start(records[0]), driver.start(records[1], dial=Dial(mode="high"))]
     assert answers[1].wait().error is not None
     assert answers[0].wait().text == expected.text
