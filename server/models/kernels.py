@@ -22,7 +22,6 @@ TAIL_FIELDS = 4
 """int64 of a row's own tokens: addresses of the first key and value, elements from layer to layer and head to head."""
 GEMV_BLOCKS: dict[tuple[int, int], tuple[int, int, int]] = {}
 """Rows and columns of a weight matrix -> those that a program takes at a time, and its warps: what was measured."""
-_OTHER_GEMV_BLOCKS = 8, 512, 4
 
 
 @triton.jit
@@ -107,25 +106,27 @@ def _attend(
 @triton.jit
 def _merge(
     shares, weights, ranges, out, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     begin, end = tl.load(ranges + row), tl.load(ranges + row + 1)
-    i, d = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    i, d = tl.arange(0, BLOCK), tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     best = float("-inf")
     total = 0.0
-    merged = tl.zeros((HEAD_DIM,), tl.float32)
+    merged = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(begin, end, BLOCK):
         items = start + i
         # head = kv_head * GROUP + its place in the group, and so do the shares lie.
         at = items * KV_HEADS * GROUP + head
-        weight = tl.load(weights + at, mask=items < end, other=float("-inf"))
+        # Both are asked for at once, although some shares of no weight were never written.
+        inside = items < end
+        weight = tl.load(weights + at, mask=inside, other=float("-inf"))
+        share = tl.load(shares + at[:, None] * HEAD_DIM + d[None, :], mask=inside[:, None], other=0.0)
         higher = tl.maximum(best, tl.max(weight, 0))
         mass = tl.exp2(weight - higher)
-        share = tl.load(shares + at[:, None] * HEAD_DIM + d[None, :], mask=(mass > 0)[:, None], other=0.0)
         shrink = tl.exp2(best - higher)
         total = total * shrink + tl.sum(mass, 0)
-        merged = merged * shrink + tl.sum(share * mass[:, None], 0)
+        merged = merged * shrink + tl.sum(tl.where((mass > 0)[:, None], share * mass[:, None], 0.0), 0)
         best = higher
     to = out + (row * tl.num_programs(1) + head) * HEAD_DIM + d
     tl.store(to, (merged / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty))
@@ -214,7 +215,7 @@ def append(
 
 def attend(
     queries: Tensor, items: Tensor, ranges: Tensor, lengths: Tensor, positions: Tensor, table: Tensor, layer: int,
-    kv_heads: int, *, block: int = 64, num_warps: int = 4, num_stages: int = 3, merge_block: int = 16,
+    kv_heads: int, *, block: int = 64, num_warps: int = 4, num_stages: int = 3,
 ) -> Tensor:  # fmt: skip
     """``queries`` [rows, heads, head_dim] before RoPE, each over its row's items with what was appended -> the same
     shape.
@@ -232,9 +233,11 @@ def attend(
         BLOCK_N=block, STAGES=num_stages, num_warps=num_warps,
     )  # fmt: skip
     out = torch.empty((rows, heads, head_dim), dtype=queries.dtype, device=queries.device)
-    _merge[rows, heads](
-        shares, weights, ranges, out, GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK=merge_block, num_warps=4
-    )
+    block_d = min(head_dim, 32)  # few rows are many programs all the same
+    _merge[rows, heads, head_dim // block_d](
+        shares, weights, ranges, out, GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+        BLOCK=max(16, min(64, triton.next_power_of_2(num_items // rows))), BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -261,7 +264,9 @@ def gemv(
     and up, and what comes out is silu(gate) * up. ``add_to`` [1, n_out] is added to in place."""
     num_out = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((1, num_out), dtype=x.dtype, device=x.device) if add_to is None else add_to
-    block_n, block_k, num_warps = GEMV_BLOCKS.get((weight.shape[0], x.shape[1]), _OTHER_GEMV_BLOCKS)
+    # Small matrices in small pieces: otherwise some multiprocessors have one more to do than others.
+    others = (4, 512, 4) if num_out < 8192 else (8, 512, 4)
+    block_n, block_k, num_warps = GEMV_BLOCKS.get((weight.shape[0], x.shape[1]), others)
     _gemv[triton.cdiv(num_out, block_n),](
         x, weight, bias if bias is not None else x, out, NUM_OUT=num_out, NUM_IN=x.shape[1], HAS_BIAS=bias is not None,
         ADD=add_to is not None, GATED=gated, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
