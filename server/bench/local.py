@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from compression.compressor import RawChunk, join
 from compression.kv import ChunkKV
@@ -37,6 +38,7 @@ from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, VideoStatus
 from server.engine.request import Delta, Outcome, Request, SamplingParams
 from server.models.base import Turn, VideoModel
+from server.models.one_pass import OnePassModel, OnePassPrefill
 from server.models.raw import RawPrefill
 from server.models.videoxl import VideoXL
 from server.video.reader import Sampling, VideoLimits, VideoReader
@@ -51,6 +53,7 @@ class LocalBench:
     def __init__(self, load: Callable[..., VideoModel], model: VideoModel, work: Path) -> None:
         """``load(**settings)`` loads ``model`` once more with other ratios or another prefill mode."""
         self.load, self.model = load, model
+        disable_progress_bar()  # transformers' own, at every load, would tear the table's
         self._work = work
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
         work.mkdir(parents=True)
@@ -143,6 +146,9 @@ class LocalVideo:
     @cached_property
     def raw(self) -> list[RawChunk]:
         """The uncompressed KVs of every chunk, each computed over those of all earlier ones."""
+        if isinstance(self.model, OnePassModel):
+            whole, last = OnePassPrefill(self.model, "exact"), self.num_chunks - 1
+            return [whole.append_raw(part, last=index == last) for index, part in enumerate(self.features)]
         if not isinstance(self.model, VideoXL):
             raise TypeError(f"no uncompressed prefill for {self.model.spec.name}")
         run = RawPrefill(self.model)
@@ -167,12 +173,18 @@ class LocalVideo:
         return [COMPRESSORS["pool"].compress(chunk, 1).kv for chunk in self.raw]
 
     def prefilled(
-        self, low_ratio: int | None = None, high_ratio: int | None = None, prefill_mode: str | None = None
+        self,
+        low_ratio: int | None = None,
+        high_ratio: int | None = None,
+        prefill_mode: str | None = None,
+        compressor: str | None = None,
     ) -> tuple[list[ChunkKV], list[ChunkKV]]:
         """The L-KVs and H-KVs that the model makes with these settings in place of its own."""
-        settings = low_ratio, high_ratio, prefill_mode
+        settings = low_ratio, high_ratio, prefill_mode, compressor
         if settings not in self._prefilled:
-            model = self._bench.load(low_ratio=low_ratio, high_ratio=high_ratio, prefill_mode=prefill_mode)
+            model = self._bench.load(
+                low_ratio=low_ratio, high_ratio=high_ratio, prefill_mode=prefill_mode, compressor=compressor
+            )
             run, last = model.prefill(), self.num_chunks - 1
             pairs = [run.append(part, last=index == last) for index, part in enumerate(self.features)]
             self._prefilled[settings] = [low for low, _ in pairs], [high for _, high in pairs]

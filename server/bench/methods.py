@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from random import Random
 from typing import Protocol
 
@@ -85,7 +84,7 @@ class Dependent(Dialled):
 
     def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
         """See :class:`Method`; the time of deciding counts as the score's."""
-        assert _local(video).high  # loaded now: where a server decides they are on the device
+        assert as_local(video).high  # loaded now: where a server decides they are on the device
         jobs, decided_ms = [], []
         for question in questions:
             begin_s = time.perf_counter()
@@ -109,7 +108,7 @@ class Built:
 
     def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
         """See :class:`Method`."""
-        local = _local(video)
+        local = as_local(video)
         cache = local.decoder.cache(self.chunks(local))
         return local.decoder.decode([question.text for question in questions], [cache] * len(questions))
 
@@ -126,38 +125,19 @@ class BuiltForQuestion:
 
     def answer(self, video: AskedVideo, questions: Sequence[Question]) -> list[Reply]:
         """See :class:`Method`."""
-        local = _local(video)
+        local = as_local(video)
         caches = [local.decoder.cache(self.chunks(local, question)) for question in questions]
         return local.decoder.decode([question.text for question in questions], caches)
 
 
-def choose_methods(patterns: Sequence[str], *, local: bool = True, dials: bool = True) -> list[Method]:
-    """The methods whose names match one of ``patterns`` (shell style; none given: all) among those that can be asked.
-
-    ``local``: in this process; otherwise of a server, which takes ``dials`` or not. Raises ValueError for a pattern
-    that matches nothing and for an empty choice.
-    """
-    offered = METHODS if local else [*(one for one in METHODS if one.remote and dials), PLAIN]
-    for pattern in patterns:
-        if not any(fnmatchcase(one.name, pattern) for one in (*METHODS, PLAIN)):
-            raise ValueError(f"no method is called {pattern!r}; there are {_names(offered)}")
-    chosen = [one for one in offered if not patterns or any(fnmatchcase(one.name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise ValueError(f"none of these methods can be asked here; there are {_names(offered)}")
-    return chosen
-
-
-def _names(methods: Sequence[Method]) -> str:
-    return ", ".join(method.name for method in methods)
-
-
-def _local(video: AskedVideo) -> LocalVideo:
+def as_local(video: AskedVideo) -> LocalVideo:
+    """Raises TypeError for a video at a server."""
     if not isinstance(video, LocalVideo):
         raise TypeError("this method needs the model in this process")
     return video
 
 
-def _oracle(video: AskedVideo, question: Question) -> Dial:
+def oracle(video: AskedVideo, question: Question) -> Dial:
     """The chunks that hold the answer, filled up with others to the default number."""
     others = [index for index in _shuffled(video, question) if index not in question.chunks]
     return Dial(chunks=(*question.chunks, *others[: max(0, video.default_reload - len(question.chunks))]))
@@ -169,7 +149,7 @@ def _random(video: AskedVideo, question: Question) -> Dial:
 
 def _drafted(video: AskedVideo, question: Question) -> Dial:
     """The default's chunks, and those that its answer, taken for a draft, looks for."""
-    local = _local(video)
+    local = as_local(video)
     (draft,) = local.ask([(question.text, Dial())])
     wanted = local.score_over(question.text, local.high, local.model.scorer, draft.text)
     return Dial(chunks=tuple(dict.fromkeys((*draft.reloaded, *peaks(wanted, PEAK, 2 * local.default_reload)))))
@@ -177,7 +157,7 @@ def _drafted(video: AskedVideo, question: Question) -> Dial:
 
 def _adapted(video: AskedVideo, question: Question) -> Dial:
     """One chunk where the scores have one sharp peak, more where they are flat."""
-    (scores,) = _local(video).scores([question.text])
+    (scores,) = as_local(video).scores([question.text])
     return Dial(chunks=fewest(scores, ENOUGH, 2 * video.default_reload))
 
 
@@ -185,7 +165,7 @@ def _union(video: AskedVideo, question: Question) -> Dial:
     """In turn the best chunk of every object that the question names, asked about by itself."""
     names = named_objects(question.text)
     texts = [f"When does the {name} first appear?" for name in names] if len(names) > 1 else [question.text]
-    ranked = [sorted(range(video.num_chunks), key=lambda i: (-one[i], i)) for one in _local(video).scores(texts)]
+    ranked = [sorted(range(video.num_chunks), key=lambda i: (-one[i], i)) for one in as_local(video).scores(texts)]
     in_turn = dict.fromkeys(index for turn in zip(*ranked, strict=True) for index in turn)
     return Dial(chunks=tuple(in_turn)[: video.default_reload])
 
@@ -257,7 +237,7 @@ METHODS: list[Method] = [
     Dependent("draft", "draft", _drafted),
     Dependent("adaptive", "adaptive", _adapted),
     Dependent("union", "union", _union, at_default=True),
-    Dialled("oracle", "oracle", _oracle, at_default=True),
+    Dialled("oracle", "oracle", oracle, at_default=True),
     Dialled("random", "random", _random, at_default=True),
     Built("raw", "raw", lambda video: [chunk.kv for chunk in video.raw]),
     *(_evicted(name) for name in (*COMPRESSORS, "frames", "recency")),

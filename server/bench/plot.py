@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +40,20 @@ def require_matplotlib() -> None:
 
 
 def draw(summary: Sequence[Mapping[str, Any]], default: str, path: Path) -> None:
-    """Writes a PNG with one column a length. ``default`` names the method that a server uses by itself.
+    """Writes a PNG with one column a length; with one length, its two pictures stand beside each other.
 
-    Raises PlotUnavailable, OSError.
+    ``default`` names the method that a server uses by itself. Raises PlotUnavailable, OSError.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
 
     columns = len(summary)
-    figure = Figure(figsize=(max(7.5, 4.4 * columns), 9.6), dpi=120, layout="constrained")
-    grid = figure.subplots(2, columns, squeeze=False, height_ratios=(1.0, 1.15))
+    if columns == 1:
+        figure = Figure(figsize=(11.0, 4.8), dpi=120, layout="constrained")
+        grid = figure.subplots(1, 2, squeeze=False).T
+    else:
+        figure = Figure(figsize=(4.4 * columns, 9.6), dpi=120, layout="constrained")
+        grid = figure.subplots(2, columns, squeeze=False, height_ratios=(1.0, 1.15))
     for column, part in enumerate(summary):
         _draw_lines(grid[0, column], part["methods"], f"{part['chunks']} chunks ({part['videos']} videos)")
         _draw_at_default(grid[1, column], part["methods"], default)
@@ -69,21 +73,30 @@ def draw(summary: Sequence[Mapping[str, Any]], default: str, path: Path) -> None
 
 def _draw_lines(axes: Axes, methods: Mapping[str, Any], title: str) -> None:
     alone = {row["family"] for row in methods.values() if not row["at_default"]} - LINES.keys()
-    others = {family: (family, _OTHERS[number % len(_OTHERS)], "v") for number, family in enumerate(sorted(alone))}
-    for family, (label, color, marker) in (LINES | others).items():
+    for family, (label, color, marker) in (LINES | _others(alone)).items():
         rows = [row for row in methods.values() if row["family"] == family]
-        if family in _FROM_HIGH and rows and "high" in methods:
-            rows.insert(0, methods["high"])
+        bottom = "high" if family in _FROM_HIGH else family.replace("-bilevel", "-high")
+        if rows and bottom != family and bottom in methods:
+            rows.insert(0, methods[bottom])
         points = sorted(_point(row) for row in rows if row["kv_tokens"])
         if points:
             tokens, shares, below, above = zip(*points, strict=True)
             axes.errorbar(
                 tokens, shares, yerr=(below, above), label=label, color=color, marker=marker,
                 markersize=5, linewidth=1.5, elinewidth=0.8, capsize=2,
+                linestyle="--" if family.endswith("-uniform") else "-",
             )  # fmt: skip
     axes.set(title=title, xlabel="KV tokens in the cache", ylim=(-0.02, 1.03), xscale="log")
     _tokens_axis(axes)
     axes.grid(alpha=0.25)
+
+
+def _others(families: Set[str]) -> dict[str, tuple[str, str, str]]:
+    """The same as LINES; a compressor's two lines have one colour."""
+    stems = {family: family.removesuffix("-uniform").removesuffix("-bilevel") for family in sorted(families)}
+    numbers = {stem: number for number, stem in enumerate(dict.fromkeys(stems.values()))}
+    colors = {stem: _OTHERS[number % len(_OTHERS)] for stem, number in numbers.items()}
+    return {family: (family, colors[stem], "v" if family == stem else "o") for family, stem in stems.items()}
 
 
 def _tokens_axis(axes: Axes) -> None:

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from server.bench.circumstances import circumstances, to_json
 from server.bench.local import LocalBench
-from server.bench.methods import PLAIN, choose_methods
+from server.bench.methods import PLAIN
 from server.bench.plot import draw, require_matplotlib
 from server.bench.records import RunFolder, open_folder
+from server.bench.rows import EVERY_METHOD, choose_methods, methods_at_server, methods_here
 from server.bench.run import Bench, Job, jobs_left, run_job
 from server.bench.summary import summarize
 from server.bench.synthetic import choose_videos, making
@@ -24,7 +25,9 @@ from server.bench.table import print_table, print_targets
 from server.bench.targets import check
 from server.bench.video import ServerUnusable
 from server.bench.workers import Answered, run_jobs
+from server.models.base import VideoModel
 from server.models.registry import Device, DType, load_model
+from server.models.tiny.world import CHUNK_TICKS
 
 if TYPE_CHECKING:
     from server.bench.remote import RemoteBench
@@ -76,15 +79,17 @@ def run_quality(
         answer: Callable[[Sequence[Job]], Generator[Answered]]
         if target.base_url is not None:
             remote = stack.enter_context(_server(target))
-            methods = choose_methods(patterns, local=False, dials=remote.has_dials)
+            methods = choose_methods(patterns, methods_at_server(dials=remote.has_dials))
             default = PLAIN.name
             configuration |= {"server": target.base_url, "model": remote.model}
             folder = stack.enter_context(open_folder(out, configuration))
             answer = partial(_one_by_one, remote, videos_folder)
         else:
-            methods = choose_methods(patterns)  # before a model is loaded
+            choose_methods(patterns, EVERY_METHOD)  # a mistake is told before a model is loaded
             load = partial(load_model, target.model or "tiny", device=target.device, dtype=target.dtype)
             model = load()
+            methods = choose_methods(patterns, methods_here(model))
+            _check_chunks(model)
             default = f"attention-{model.spec.default_reload}"
             dtype = str(model.dtype).removeprefix("torch.")
             configuration |= {"model": model.spec.name, "fingerprint": model.fingerprint, "dtype": dtype}
@@ -110,7 +115,19 @@ def run_quality(
     print_targets(result["targets"], console)
     if plot:
         draw(summary, default, out / "quality.png")
+        for part in summary if len(summary) > 1 else ():
+            draw([part], default, out / f"quality-{part['chunks']}.png")
     return result
+
+
+def _check_chunks(model: VideoModel) -> None:
+    """Raises ValueError where a chunk is not as long as one of the synthetic videos."""
+    chunk_s = model.spec.frames_per_chunk / model.spec.fps
+    if chunk_s != CHUNK_TICKS:
+        raise ValueError(
+            f"chunks of the synthetic videos are {CHUNK_TICKS} s long, those of {model.spec.name} {chunk_s:g} s: "
+            "set frames_per_chunk in its config.json"
+        )
 
 
 def _server(target: Target) -> RemoteBench:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from server.bench.grade import is_right
-from server.bench.methods import METHODS, PLAIN, Method
+from server.bench.methods import Method
 from server.bench.records import Record, RunFolder
 from server.bench.reply import Reply
+from server.bench.rows import EVERY_METHOD
 from server.bench.synthetic import Question, SyntheticVideo
 from server.bench.video import AskedVideo, VideoRefused
 from server.video.errors import VideoError
@@ -52,7 +53,7 @@ def jobs_left(folder: RunFolder, videos: Sequence[SyntheticVideo], methods: Sequ
 
 def run_job(bench: Bench, job: Job, path: Path) -> Iterator[tuple[str, list[Record]]]:
     """A method's name and its records, one after the other. An error is the reply of the questions that it befell."""
-    by_name = {method.name: method for method in (*METHODS, PLAIN)}
+    by_name = {method.name: method for method in EVERY_METHOD}
     questions = {name: [job.video.questions[index] for index in indices] for name, indices in job.left.items()}
     try:
         with bench.open(path) as opened:

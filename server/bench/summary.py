@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from server.bench.interval import share
-from server.bench.methods import METHODS, PLAIN
 from server.bench.records import Record
 from server.bench.reply import PHASES
+from server.bench.rows import EVERY_METHOD
 
 TYPES = ("code", "exist", "order", "count", "time", "object", "multi")
 RANKS = (1, 2, 3, 6)
 
 
 def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """One entry a length, shortest first, with the methods in the order of METHODS."""
+    """One entry a length, shortest first, with the methods in the order of EVERY_METHOD."""
     by_length: dict[int, dict[str, list[Record]]] = {}
     for record in sorted(records, key=lambda record: record.chunks):
         by_length.setdefault(record.chunks, {}).setdefault(record.method, []).append(record)
@@ -29,7 +29,7 @@ def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
             "video_prefill_s": _prefill_s(record for of_method in rows.values() for record in of_method),
             "methods": {
                 method.name: {"family": method.family, "at_default": method.at_default} | _row(rows[method.name])
-                for method in (*METHODS, PLAIN)
+                for method in EVERY_METHOD
                 if method.name in rows
             },
         }

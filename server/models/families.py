@@ -26,7 +26,8 @@ def family_loader(config: dict[str, Any]) -> Callable[..., VideoModel] | None:
     module: Any = import_module(f"server.models.{family}")
 
     def load(folder: Path, name: str, *, device: torch.device, dtype: torch.dtype, **options: Any) -> VideoModel:
-        given = {option: value for option, value in options.items() if value is not None}
+        said = {option: config["x2l"][option] for option in options if option in config.get("x2l", {})}
+        given = said | {option: value for option, value in options.items() if value is not None}
         model: VideoModel = module.load(folder, name, device=device, dtype=dtype, compression=OnePassConfig(**given))
         return model
 

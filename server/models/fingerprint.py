@@ -39,10 +39,13 @@ def digest(tensor: Tensor) -> bytes:
     factor."""
     words = _words(tensor.detach())
     factors = _factors(words.device)
+    size = _WORDS_AT_ONCE.get(words.device.type, _MOST_WORDS_AT_ONCE)
+    whole = len(words) // _BLOCK * _BLOCK
+    products = factors.new_empty((min(size, whole) // _BLOCK, _BLOCK))
     sums = []
-    for part in torch.split(words, _WORDS_AT_ONCE.get(words.device.type, _MOST_WORDS_AT_ONCE)):
-        blocks = torch.nn.functional.pad(part, (0, -len(part) % _BLOCK)).view(-1, _BLOCK)
-        sums.append((blocks * factors).sum(-1))
+    for part in torch.split(words[:whole].view(-1, _BLOCK), size // _BLOCK):
+        sums.append(torch.mul(part, factors, out=products[: len(part)]).sum(-1))
+    sums.append((words[whole:] * factors[: len(words) - whole]).sum(-1, keepdim=True))
     return torch.cat(sums).cpu().numpy().tobytes()
 
 

@@ -191,6 +191,20 @@ class OnePassPrefill:
         return low, high
 
     @torch.inference_mode()
+    def append_raw(self, features: VisualTokens, *, last: bool) -> RawChunk:
+        """The same without compression: all that follows sees the chunk as it is.
+
+        Raises PositionLimitError, and TypeError where other tokens stand among the visual ones.
+        """
+        raw, others = self._read(features, last)
+        if others is not None:
+            raise TypeError(
+                f"{self._model.spec.name} puts text among a chunk's visual tokens: they cannot be kept alone"
+            )
+        self._memory.append(raw.kv)
+        return raw
+
+    @torch.inference_mode()
     def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         """See :meth:`server.models.base.Prefill.restore`."""
         self._recent.append_to(self._memory, low, high)

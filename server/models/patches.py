@@ -17,6 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from server.models.hub import read_json
 from server.models.one_pass import Layout, VisualTokens
+from server.models.packed_attention import PackedAttention
+from server.models.tensors import CheckpointError
 from server.video.errors import VideoUnsupported
 from server.video.frames import Frames
 
@@ -30,7 +32,8 @@ _RESIZING_THREADS = 4
 @dataclass(frozen=True, slots=True)
 class Patches:
     """``patch_size`` pixels square and ``temporal_patch_size`` frames deep; ``merge_size`` squared of them are one
-    visual token. Frames are resized, keeping their aspect ratio, to between ``min_pixels`` and ``max_pixels``.
+    visual token. Frames are resized, keeping their aspect ratio, to between ``min_pixels`` and ``max_pixels``; or all
+    of them to ``frame_size``, a width and a height in pixels.
     """
 
     patch_size: int
@@ -40,6 +43,7 @@ class Patches:
     max_pixels: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    frame_size: tuple[int, int] | None = None
 
     @classmethod
     def read(
@@ -49,10 +53,14 @@ class Patches:
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         frame_tokens: tuple[int, int],
+        frame_size: tuple[int, int] | None = None,
     ) -> Self:
         """``vision`` is the configuration of the vision tower; ``mean`` and ``std`` are the family's, unless the folder
-        says otherwise; ``frame_tokens`` as in FRAME_TOKENS."""
+        says otherwise; ``frame_tokens`` as in FRAME_TOKENS. Raises CheckpointError for a ``frame_size`` that is not
+        made of whole visual tokens."""
         factor = vision.patch_size * vision.spatial_merge_size
+        if frame_size is not None and any(side <= 0 or side % factor for side in frame_size):
+            raise CheckpointError(f"frame_size must be multiples of {factor} pixels, not {list(frame_size)}")
         found = read_preprocessing(folder)
         return cls(
             vision.patch_size,
@@ -62,11 +70,14 @@ class Patches:
             frame_tokens[1] * factor**2,
             tuple(found.get("image_mean") or mean),
             tuple(found.get("image_std") or std),
+            frame_size,
         )
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of visual tokens for frames of this size in pixels. Raises VideoUnsupported."""
         factor = self.patch_size * self.merge_size
+        if self.frame_size is not None:
+            return self.frame_size[1] // factor, self.frame_size[0] // factor
         try:
             rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
         except ValueError as error:
@@ -105,6 +116,8 @@ class PatchTower(nn.Module, ABC):
 
     def __init__(self, visual: Any, patches: Patches) -> None:
         super().__init__()
+        for block in visual.blocks:
+            block.attn = PackedAttention(block.attn)
         self.visual = visual
         self.patches = patches
 

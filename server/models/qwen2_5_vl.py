@@ -77,7 +77,8 @@ def load(
     """The model in ``folder``, in transformers' layout. Raises CheckpointError."""
     content = TransformersFolder.load(folder, device, dtype)
     vision = content.model.config.vision_config
-    patches = Patches.read(folder, vision, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), frame_tokens)
+    mean, std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
+    patches = Patches.read(folder, vision, mean, std, frame_tokens, content.hints.frame_size)
     tower = Qwen25Tower(content.model.model.visual, Qwen25Settings(patches, vision.tokens_per_second, text_behind))
     rope = read_rope(content.model.config.get_text_config(), (16, 24, 24), "sectioned")
     return content.assemble(name, tower, rope, compression, prefix=_PREFIX, template=_TEMPLATE)

@@ -98,7 +98,7 @@ def load(
     content = TransformersFolder.load(folder, device, dtype)
     inner, config = content.model.model, content.model.config
     mean, std = tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD)
-    patches = Patches.read(folder, config.vision_config, mean, std, frame_tokens)
+    patches = Patches.read(folder, config.vision_config, mean, std, frame_tokens, content.hints.frame_size)
     embed_tokens = inner.language_model.embed_tokens
     tower = Qwen3Tower(inner.visual, Qwen3Settings(patches), content.tokenizer, embed_tokens)
     rope = read_rope(config.get_text_config(), (24, 20, 20), "interleaved")

@@ -9,18 +9,41 @@ from typing import Any, Self
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import is_accelerate_available
 
 from compression.rope import Rope
 from compression.score import AttentionScorer
 from server.models.base import ModelSpec
 from server.models.decoder_model import PromptConfig
+from server.models.hub import read_json
 from server.models.one_pass import OnePassConfig, OnePassModel, VisionTower
 from server.models.tensors import CheckpointError
 from server.models.transformers_decoder import TransformersDecoder
 
-FRAMES_PER_CHUNK = 16
-"""Even, because towers see two frames at a time."""
 _TYPICAL_PIXELS = 1280, 720
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a folder's ``config.json`` may say, under ``x2l``, of how it is served; published ones say nothing.
+
+    ``frame_size``: the width and height in pixels that every frame is resized to. ``scorer_heads``: the (layer, head)
+    pairs whose attention scores chunks; None takes all.
+    """
+
+    frames_per_chunk: int = 16  # even, because towers see two frames at a time
+    frame_size: tuple[int, int] | None = None
+    scorer_heads: tuple[tuple[int, int], ...] | None = None
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Self:
+        said = config.get("x2l", {})
+        size, heads = said.get("frame_size"), said.get("scorer_heads")
+        return cls(
+            said.get("frames_per_chunk", cls().frames_per_chunk),
+            None if size is None else (size[0], size[1]),
+            None if heads is None else tuple((layer, head) for layer, head in heads),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +52,7 @@ class TransformersFolder:
 
     model: Any
     tokenizer: PreTrainedTokenizerFast
+    hints: Hints
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Self:
@@ -37,14 +61,23 @@ class TransformersFolder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model, info = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                output_loading_info=True,
+                # Tensor by tensor to the device, where accelerate is installed; else by way of the host's memory.
+                device_map=device if device.type != "cpu" and is_accelerate_available() else None,
             )
+        except torch.OutOfMemoryError:  # not the folder's fault
+            raise
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         if missing or left:
             raise CheckpointError(f"missing tensors: {missing}; unexpected tensors: {left}")
-        return cls(model.to(device).eval().requires_grad_(False), tokenizer)
+        hints = Hints.of(read_json(folder / "config.json"))
+        return cls(model.to(device).eval().requires_grad_(False), tokenizer, hints)
 
     def assemble(
         self, name: str, vision: VisionTower, rope: Rope, compression: OnePassConfig, *, prefix: str, template: str
@@ -54,7 +87,8 @@ class TransformersFolder:
         prompt = PromptConfig(tuple(self.tokenizer.encode(prefix, add_special_tokens=False)), template, self._end_ids())
         decoder = TransformersDecoder(inner.language_model, self.model.lm_head, rope)
         spec = self._describe(name, vision, compression)
-        return OnePassModel(spec, decoder, vision, compression, prompt, self.tokenizer, AttentionScorer())
+        scorer = AttentionScorer(self.hints.scorer_heads)
+        return OnePassModel(spec, decoder, vision, compression, prompt, self.tokenizer, scorer)
 
     def _end_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
@@ -64,7 +98,7 @@ class TransformersFolder:
 
     def _describe(self, name: str, vision: VisionTower, compression: OnePassConfig) -> ModelSpec:
         text, generation = self.model.config.get_text_config(), self.model.generation_config
-        heads = text.num_attention_heads
+        heads, chunk = text.num_attention_heads, self.hints.frames_per_chunk
         return ModelSpec(
             name=name,
             num_layers=text.num_hidden_layers,
@@ -72,8 +106,8 @@ class TransformersFolder:
             num_kv_heads=text.num_key_value_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             vocab_size=text.vocab_size,
-            tokens_per_frame=vision.num_tokens(FRAMES_PER_CHUNK, *_TYPICAL_PIXELS) // FRAMES_PER_CHUNK,
-            frames_per_chunk=FRAMES_PER_CHUNK,
+            tokens_per_frame=vision.num_tokens(chunk, *_TYPICAL_PIXELS) // chunk,
+            frames_per_chunk=chunk,
             low_ratio=compression.low_ratio,
             high_ratio=compression.high_ratio,
             max_positions=text.max_position_embeddings,

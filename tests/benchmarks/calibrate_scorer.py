@@ -1,9 +1,9 @@
-"""Chooses the scoring heads of the bundled model: ``python tests/benchmarks/calibrate_scorer.py [--out RESULT.json]``.
+"""Chooses a model's scoring heads: ``python tests/benchmarks/calibrate_scorer.py [--model M] [--out RESULT.json]``.
 
 For every question about videos of seeds that no other benchmark uses, measures how much of each head's attention over
 prefix and H-KVs lies on the chunks that hold the answer. Heads are added greedily, from the first ``--layers`` layers,
 as long as the mean over question types of (recall@1 + recall@3) / 2 grows. The result goes into ``scorer_heads`` of
-server/models/tiny/config.json by hand. Compared: all heads, and the cosine of mean query and mean key.
+the model's config.json by hand. Compared: all heads, and the cosine of mean query and mean key.
 """
 
 from __future__ import annotations
@@ -103,9 +103,10 @@ def main() -> None:
     options: argparse.ArgumentParser = parser(__doc__, seeds="100-105")
     options.add_argument("--chunks", type=parse_seeds, default=[16, 64], help="of every seed, a video of each [16,64]")
     options.add_argument("--videos-dir", type=Path, help="keeps the videos, for another run")
+    options.add_argument("--model", default="tiny", help="or a folder")
     options.add_argument("--layers", type=int, default=4, help="fewer layers make scoring cheaper [4]")
     given = options.parse_args()
-    model = load_model("tiny", device="cpu", dtype="float32")
+    model = load_model(given.model, device="cpu", dtype="float32")
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         folder = given.videos_dir or Path(temporary)
         videos = [video for chunks in given.chunks for video in make_videos(folder, given.seeds, chunks)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import shlex
 import shutil
 import statistics
@@ -50,7 +51,8 @@ QUESTIONS = (
 
 def ask_gpu(fields: str) -> str:
     """Of the driver: torch would take some of the GPU's memory to tell."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"]
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={gpu}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -113,3 +113,29 @@ def test_some_tokens_of_a_chunk_and_two_chunks_as_one() -> None:
         assert torch.equal(again.positions, part.positions.expand(3, 2, 3, -1))
     plain = kv(4).followed_by(kv(2, seed=5))
     assert plain.positions is None and plain.num_tokens == 6
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    kinds=st.lists(st.sampled_from([None, (1, 1), (2, 1), (1, 3), (2, 3)]), min_size=5, max_size=5),
+)
+def test_parts_added_together_stand_as_if_added_one_by_one(
+    sizes: list[int], kinds: list[tuple[int, int] | None]
+) -> None:
+    rope = Rope(rotary_dim=8, theta=1e4, sections=(2, 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    parts = [kv(2, "prefix")]
+    for index, (size, kind) in enumerate(zip(sizes, kinds, strict=False)):
+        part = kv(size, seed=index + 1)
+        if kind is not None:
+            positions = torch.randint(0, 50, (3, *kind, size), generator=generator, dtype=torch.int32)
+            part = replace(part, positions=positions, next_position=60 * (index + 1))
+        parts.append(part)
+    together, alone = (KVCache(parts[0], rope, capacity=1) for _ in range(2))
+    together.append(*parts)
+    for part in parts:
+        alone.append(part)
+    assert (together.length, together.next_position) == (alone.length, alone.next_position)
+    assert torch.equal(together.keys[:, :, : alone.length], alone.keys[:, :, : alone.length])
+    assert torch.equal(together.values[:, :, : alone.length], alone.values[:, :, : alone.length])

@@ -1,0 +1,40 @@
+"""What a transformers folder may say of how it is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_transformers import noise, save_qwen2_5_vl
+
+from compression.score import AttentionScorer
+from server.models.one_pass import OnePassModel
+from server.models.registry import load_model
+from server.models.tensors import CheckpointError
+
+
+def write(folder: Path, **hints: Any) -> str:
+    save_qwen2_5_vl(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"x2l": hints}))
+    return str(folder)
+
+
+def test_they_count_where_the_command_line_says_nothing(tmp_path: Path) -> None:
+    hints = {"frames_per_chunk": 32, "low_ratio": 3, "high_ratio": 9, "compressor": "keydiff", "scorer_heads": [[1, 0]]}
+    name = write(tmp_path, **hints, frame_size=[24, 16])
+    model: Any = load_model(name, device="cpu", high_ratio=12)
+    assert isinstance(model, OnePassModel)
+    assert (model.spec.frames_per_chunk, model.spec.low_ratio, model.spec.high_ratio) == (32, 3, 12)
+    assert model.compression.compressor == "keydiff"
+    assert model.scorer == AttentionScorer(((1, 0),))
+    for width, height in ((320, 240), (640, 360), (90, 200)):
+        assert model.num_visual_tokens(4, width, height) == 2 * 6
+        assert model.preprocess(noise(4, width, height)).shape == (4, 3, 16, 24)
+
+
+def test_a_frame_of_parts_of_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"frame_size must be multiples of 8 pixels, not \[24, 20\]"):
+        load_model(write(tmp_path, frame_size=[24, 20]), device="cpu")
