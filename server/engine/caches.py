@@ -30,6 +30,9 @@ class Placed:
 class Caches(Protocol):
     """Used by the engine thread alone, but for :meth:`resident`."""
 
+    nbytes: int
+    """Bytes of L-KVs that stay on the device."""
+
     def resident(self, high: HighKV) -> HighKV | RotatedKV:
         """What stays on the device of a video whose H-KVs are there."""
 
@@ -48,6 +51,8 @@ class Caches(Protocol):
 
 class Copies:
     """Every cache has its own copy: the fastest to read where memory is not what counts."""
+
+    nbytes = 0
 
     def __init__(self, model: VideoModel) -> None:
         self._model = model
@@ -83,7 +88,6 @@ class Shares:
         self._low_nbytes = low_nbytes
         self._low: OrderedDict[LowKey, RotatedKV] = OrderedDict()  # least recently used first
         self.nbytes = 0
-        """Bytes of L-KVs kept."""
 
     def resident(self, high: HighKV) -> RotatedKV:
         return RotatedKV.of([high.prefix, *high.chunks], self._model.rope)

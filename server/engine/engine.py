@@ -95,6 +95,7 @@ class Engine:
             running=lambda: self._scheduler.num_running,
             resident_nbytes=lambda: self._pool.nbytes,
             resident_videos=lambda: len(self._pool),
+            shared_low_nbytes=lambda: self._caches.nbytes,
             device=model.device,
         )
 

@@ -9,10 +9,13 @@ launch grids that do not depend on it, so a CUDA graph can hold them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ITEM_FIELDS = 8
 """int64 of an item, a run of KV tokens of one row: addresses of its first key and value in layer 0 and head 0, elements
@@ -20,6 +23,9 @@ from layer to layer and from head to head, row, offset (see :class:`compression.
 begins among the row's own tokens; -1 for shared ones. An item of own tokens ends where these end."""
 TAIL_FIELDS = 4
 """int64 of a row's own tokens: addresses of the first key and value, elements from layer to layer and head to head."""
+LAUNCH: dict[str, Any] = {"OVERLAP": False}
+"""How kernels are launched. With :data:`OVERLAPPING`, from Hopper on, one is on its way while the one before ends."""
+OVERLAPPING: dict[str, Any] = {"OVERLAP": True, "launch_pdl": True}
 GEMV_BLOCKS: dict[tuple[int, int], tuple[int, int, int]] = {}
 """Rows and columns of a weight matrix -> those that a program takes at a time, and its warps: what was measured."""
 
@@ -37,7 +43,11 @@ def _rotated(x, partner, table, position, d, HALF: tl.constexpr):
 def _append(
     k, v, tails, lengths, positions, table, layer, k_row, v_row,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     dtype = k.dtype.element_ty
     d = tl.arange(0, HEAD_DIM)
@@ -58,7 +68,11 @@ def _attend(
     q, items, lengths, positions, table, shares, weights, layer, q_row, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     item, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     dtype = q.dtype.element_ty
     field = items + item * 8
@@ -107,7 +121,11 @@ def _attend(
 def _merge(
     shares, weights, ranges, out, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     begin, end = tl.load(ranges + row), tl.load(ranges + row + 1)
     i, d = tl.arange(0, BLOCK), tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -133,7 +151,10 @@ def _merge(
 
 
 @triton.jit
-def _norm(x, weight, out, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(x, weight, out, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < SIZE
@@ -145,7 +166,10 @@ def _norm(x, weight, out, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gate(x, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _gate(x, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < SIZE
@@ -159,7 +183,11 @@ def _gate(x, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 def _gemv(
     x, w, bias, out, NUM_OUT: tl.constexpr, NUM_IN: tl.constexpr,
     HAS_BIAS: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -190,7 +218,10 @@ def _gemv(
 
 
 @triton.jit
-def _perturb(logits, temperatures, seeds, positions, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def _perturb(logits, temperatures, seeds, positions, VOCAB: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures + row)
     if temperature > 0:
@@ -209,7 +240,7 @@ def append(
     rows, heads, head_dim = keys.shape
     _append[rows, heads](
         keys, values, tails, lengths, positions, table, layer, keys.stride(0), values.stride(0),
-        HEAD_DIM=head_dim, HALF=table.shape[-1], num_warps=1,
+        HEAD_DIM=head_dim, HALF=table.shape[-1], num_warps=1, **LAUNCH,
     )  # fmt: skip
 
 
@@ -230,13 +261,13 @@ def attend(
         queries, items, lengths, positions, table, shares, weights, layer, queries.stride(0),
         head_dim**-0.5 * 1.4426950408889634,  # the kernel's exponentials are powers of two
         GROUP=group, HEAD_DIM=head_dim, HALF=table.shape[-1], BLOCK_M=max(16, triton.next_power_of_2(group)),
-        BLOCK_N=block, STAGES=num_stages, num_warps=num_warps,
+        BLOCK_N=block, STAGES=num_stages, num_warps=num_warps, **LAUNCH,
     )  # fmt: skip
     out = torch.empty((rows, heads, head_dim), dtype=queries.dtype, device=queries.device)
     block_d = min(head_dim, 32)  # few rows are many programs all the same
     _merge[rows, heads, head_dim // block_d](
         shares, weights, ranges, out, GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
-        BLOCK=max(16, min(64, triton.next_power_of_2(num_items // rows))), BLOCK_D=block_d, num_warps=4,
+        BLOCK=max(16, min(64, triton.next_power_of_2(num_items // rows))), BLOCK_D=block_d, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return out
 
@@ -245,7 +276,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of ``x`` [rows, size]."""
     out = torch.empty_like(x)
     size = x.shape[1]
-    _norm[len(x),](x, weight, out, eps, SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=8)
+    _norm[len(x),](x, weight, out, eps, SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=8, **LAUNCH)
     return out
 
 
@@ -253,7 +284,7 @@ def gate(x: Tensor) -> Tensor:
     """``x`` [rows, 2 * size], gate and up beside each other -> silu(gate) * up [rows, size]."""
     size = x.shape[1] // 2
     out = torch.empty((len(x), size), dtype=x.dtype, device=x.device)
-    _gate[len(x), triton.cdiv(size, 1024)](x, out, SIZE=size, BLOCK=1024)
+    _gate[len(x), triton.cdiv(size, 1024)](x, out, SIZE=size, BLOCK=1024, **LAUNCH)
     return out
 
 
@@ -269,7 +300,7 @@ def gemv(
     block_n, block_k, num_warps = GEMV_BLOCKS.get((weight.shape[0], x.shape[1]), others)
     _gemv[triton.cdiv(num_out, block_n),](
         x, weight, bias if bias is not None else x, out, NUM_OUT=num_out, NUM_IN=x.shape[1], HAS_BIAS=bias is not None,
-        ADD=add_to is not None, GATED=gated, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
+        ADD=add_to is not None, GATED=gated, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, **LAUNCH,
     )  # fmt: skip
     return out
 
@@ -279,5 +310,5 @@ def perturb(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tens
     from their softmax (Gumbel): the same for the same seed and position, whatever else is in the batch."""
     vocab = logits.shape[1]
     _perturb[len(logits), triton.cdiv(vocab, 1024)](
-        logits, temperatures, seeds, positions, VOCAB=vocab, BLOCK=1024, num_warps=4
+        logits, temperatures, seeds, positions, VOCAB=vocab, BLOCK=1024, num_warps=4, **LAUNCH
     )

@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--profile", action="store_true", help="which kernels a step's time goes to")
+    parser.add_argument("--overlap", action="store_true", help="also with kernels launched before the last has ended")
     parser.add_argument("--no-peers", action="store_true", help="without plain PyTorch and transformers")
     parser.add_argument("--batches", default="1,8,32", help="numbers of rows [1,8,32]")
     parser.add_argument("--out", type=Path)
@@ -97,8 +98,7 @@ def main() -> None:
     with torch.inference_mode():
         result = circumstances("python", sys.argv[0], bundled=False) | gpu() | run(given)
     result["took_s"] = round(time.perf_counter() - begin_s, 1)
-    if given.out:
-        given.out.write_text(to_json(result))
+    write(given, result)
     print_table(result)
 
 
@@ -135,7 +135,43 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         if given.tune:
             result["attention_tuning"] = tune_attention(config, device, dtype, shapes)
     result["rows"] = [measure(model, config, shape, weights, per_token, result, given) for shape in shapes]
+    if on_gpu() and given.overlap:
+        write(given, result)  # before what may end the process
+        result["overlapping"] = overlapping(model, config, [s for s in shapes if s.num_rows * s.num_tokens < 100_000])
     return result
+
+
+def overlapping(model: Decoder, config: DecoderConfig, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+    """The same with kernels that are launched while those before them end; and whether the logits are the same."""
+    from server.models import kernels
+    from server.models.base import Step
+
+    rows = []
+    for shape in shapes:
+        caches: list[MixedCache] = [shared_cache(shape, config, model.head_weight) for _ in range(shape.num_rows)]
+        steps = [Step(7, cache) for cache in caches]
+        row: dict[str, Any] = {"rows": shape.num_rows, "tokens": caches[0].num_mixed}
+        logits = {}
+        for name, launch in (("plain", kernels.LAUNCH), ("overlapping", kernels.OVERLAPPING)):
+            before, kernels.LAUNCH = kernels.LAUNCH, launch
+            _DECODINGS.clear()
+            try:
+                row[f"{name}_ms"] = graph_ms(model, config, caches, profile=False)["graph_ms"]
+                logits[name] = decoding_of(model, config).step(steps)[1].clone()
+            finally:
+                kernels.LAUNCH = before
+            for cache in caches:
+                cache.length = cache.num_mixed
+        row["same_logits"] = bool(torch.equal(*logits.values()))
+        say(f"{shape.name}: {row}")
+        rows.append(row)
+    _DECODINGS.clear()
+    return rows
+
+
+def write(given: argparse.Namespace, result: dict[str, Any]) -> None:
+    if given.out:
+        given.out.write_text(to_json(result))
 
 
 def build(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
