@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,19 +22,26 @@ def attention_over(cache: KVCache, positions: Tensor, dtype: torch.dtype) -> See
     rope, size = cache.rope, positions.shape[-1]
     mask = causal_mask(size, cache.num_own, cache.keys, cache.head_dim)
     shared = cache.segments if isinstance(cache, SharedCache) else ()
+    if not shared:
+        return partial(_see_own, cache, mask)
     tables = [rope.tables(positions - segment.offset, dtype) for segment in shared]
+    cos, sin = (torch.stack(part) for part in zip(*tables, strict=True))  # [segments, n, rotary_dim // 2]
 
     def see(layer: int, plain: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         keys, values = cache.write(layer, keys, values)
-        if not shared:
-            return attend(queries, keys, values, mask)
         shares = [_share(queries, keys, values, mask, causal=True)]
-        for segment, (cos, sin) in zip(shared, tables, strict=True):
-            rotated = rope.rotate(plain, cos, sin)
-            shares.append(_share(rotated, segment.keys[layer], segment.values[layer], None, causal=False))
+        for_each = plain[:, None].expand(-1, len(shared), -1, -1)
+        for moved, segment in zip(rope.rotate(for_each, cos, sin).unbind(1), shared, strict=True):
+            shares.append(_share(moved, segment.keys[layer], segment.values[layer], None, causal=False))
         return merge([out for out, _ in shares], [weight for _, weight in shares]).to(queries.dtype)
 
     return see
+
+
+def _see_own(
+    cache: KVCache, mask: Tensor | None, layer: int, plain: Tensor, queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    return attend(queries, *cache.write(layer, keys, values), mask)
 
 
 def merge(outs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
