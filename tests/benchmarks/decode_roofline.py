@@ -137,7 +137,12 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     result["rows"] = [measure(model, config, shape, weights, per_token, result, given) for shape in shapes]
     if on_gpu() and given.overlap:
         write(given, result)  # before what may end the process
-        result["overlapping"] = overlapping(model, config, [s for s in shapes if s.num_rows * s.num_tokens < 100_000])
+        try:
+            small = [shape for shape in shapes if shape.num_rows * shape.num_tokens < 100_000]
+            result["overlapping"] = overlapping(model, config, small)
+        except Exception as error:  # all else has been measured
+            result["overlapping"] = f"{type(error).__name__}: {error}"[:300]
+            say(result["overlapping"])
     return result
 
 
