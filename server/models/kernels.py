@@ -161,7 +161,7 @@ def _norm(x, weight, out, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP:
     value = tl.load(x + row * SIZE + i, mask=inside, other=0.0).to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(value * value, 0) / SIZE + eps)
     dtype = out.dtype.element_ty
-    normed = (value * scale).to(dtype) * tl.load(weight + i, mask=inside, other=0.0)
+    normed = (value * scale).to(dtype).to(tl.float32) * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * SIZE + i, normed.to(dtype), mask=inside)
 
 
@@ -174,9 +174,10 @@ def _gate(x, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < SIZE
     gate = tl.load(x + row * 2 * SIZE + i, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + row * 2 * SIZE + SIZE + i, mask=inside, other=0.0)
+    up = tl.load(x + row * 2 * SIZE + SIZE + i, mask=inside, other=0.0).to(tl.float32)
     dtype = out.dtype.element_ty
-    tl.store(out + row * SIZE + i, (gate / (1 + tl.exp(-gate))).to(dtype) * up, mask=inside)
+    gated = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+    tl.store(out + row * SIZE + i, gated.to(dtype), mask=inside)
 
 
 @triton.jit
