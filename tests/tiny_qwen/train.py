@@ -139,7 +139,8 @@ class Trainer:
             torch._dynamo.config.recompile_limit = 64
             for name in ("_draw", "_see", "_layer", "_retrieve"):
                 setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
-            self._block_mask = torch.compile(create_block_mask)
+            # Not compiled: ptxas takes many minutes over the sort in it.
+            self._block_mask = create_block_mask
 
     def _ids(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), device=self.device)
