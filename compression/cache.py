@@ -30,7 +30,7 @@ class KVCache:
         self.length = 0
         """KV tokens held."""
         self.offset = 0
-        """How far the positions are ahead of the tokens held; other than 0 only where chunks bring their positions."""
+        """How far the positions are ahead of the tokens held; other than 0 only where some brought their positions."""
         self.num_shared = 0
         """Of the tokens held, those before the ones in ``keys`` and ``values``, in somebody else's memory."""
 
@@ -117,9 +117,16 @@ class KVCache:
         self.values[layer, :, start:stop] = values
         return self.keys[layer, :, :stop], self.values[layer, :, :stop]
 
-    def advance(self, num_tokens: int) -> None:
-        """Keeps the last ``num_tokens`` written to every layer."""
+    def advance(self, num_tokens: int, next_position: int | None = None) -> None:
+        """Keeps the last ``num_tokens`` written to every layer; what follows goes on at ``next_position``, or behind
+        them."""
         self.length += num_tokens
+        if next_position is not None:
+            self.offset = next_position - self.length
+
+    def rewind(self, length: int, next_position: int) -> None:
+        """Goes back to where ``length`` KV tokens were held and the next one stood at ``next_position``."""
+        self.length, self.offset = length, next_position - length
 
     def copy(self) -> Self:
         """An independent cache with the same content."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -22,7 +23,8 @@ class RawChunk:
     ``kv`` holds all of them at ratio 1, keys before RoPE; ``positions`` [..., tokens] int64 is where they stood in that
     pass, and ``kv.positions`` is set where they are to stay there. ``queries`` [layers, heads, window, head_dim],
     before RoPE at ``query_positions`` [..., window], are those of the chunk's last tokens, or of whatever else shall
-    judge the chunk.
+    judge the chunk. ``others`` are the tokens that stood among the visual ones, such as timestamps: no method sees
+    them, and :meth:`with_others` brings them back.
     """
 
     kv: ChunkKV
@@ -31,10 +33,19 @@ class RawChunk:
     query_positions: Tensor
     rope: Rope
     tokens_per_frame: int
+    others: ChunkKV | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.kv.num_tokens
+
+    @property
+    def num_others(self) -> int:
+        return 0 if self.others is None else self.others.num_tokens
+
+    def with_others(self, kept: ChunkKV) -> ChunkKV:
+        """What was kept of the visual tokens, and all others."""
+        return kept if self.others is None else kept.followed_by(self.others)
 
     def seen_by(self, queries: Tensor, positions: Tensor) -> RawChunk:
         """The same chunk judged by other queries, those of a question for example (shapes as in the class)."""
@@ -70,7 +81,8 @@ def join(raw: Sequence[RawChunk]) -> RawChunk:
     positions = torch.cat([chunk.positions for chunk in raw], dim=-1)
     stay = [chunk.kv.positions for chunk in raw if chunk.kv.positions is not None]
     kv = replace(raw[-1].kv, keys=keys, values=values, positions=torch.cat(stay, dim=-1) if stay else None)
-    return replace(raw[-1], kv=kv, positions=positions)
+    others = [chunk.others for chunk in raw if chunk.others is not None]
+    return replace(raw[-1], kv=kv, positions=positions, others=reduce(ChunkKV.followed_by, others) if others else None)
 
 
 class Compressor(Protocol):

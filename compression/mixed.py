@@ -48,6 +48,11 @@ class MixedCache(KVCache):
         """Token range of every chunk: ``(start, stop)``."""
         self.num_mixed = self.length
         """KV tokens of prefix and video, without the conversation."""
+        self._behind_video = self.next_position
+
+    def forget_conversation(self) -> None:
+        """Goes back to where nothing had been read behind the video."""
+        self.rewind(self.num_mixed, self._behind_video)
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -36,8 +36,8 @@ class Settings(BaseSettings):
     high_ratio: int | None = Field(None, ge=1, description="Ratio of the small KVs instead of the model's.")
     prefill_mode: str | None = Field(
         None,
-        pattern=r"^(exact|high-memory|recent-[1-9]\d*)$",
-        description="What prefill sees of earlier chunks: exact, high-memory or recent-N.",
+        pattern=r"^(exact|high-memory|(recent|bounded)-[1-9]\d*)$",
+        description="What prefill sees of earlier chunks: exact, recent-N, high-memory or bounded-N.",
     )
     compressor: str | None = Field(
         None,

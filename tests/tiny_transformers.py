@@ -31,6 +31,15 @@ SPECIALS = ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", 
 PATCH = 4
 FRAME_TOKENS = 12, 20
 """For two frames, where a model's own would make the tests slow."""
+TILE = 40
+RESOLUTIONS = [[40, 40], [40, 80], [80, 40], [80, 80], [40, 120], [160, 120]]
+"""Pixels of LLaVA-OneVision's tower, and what tiles it puts together; height and width."""
+PICTURES = [(100, 60), (61, 45), (40, 90), (150, 210), (333, 77)]
+"""Width and height of images: odd sizes, some to be made smaller and some larger."""
+CLIPS = [(100, 60, 4), (61, 45, 4), (333, 77, 2), (20, 50, 4), (64, 64, 3)]
+"""The same of videos, and their frames."""
+PREPROCESSING = Path(__file__).parent / "data" / "preprocessing.npz"
+"""What the original processors make of all these; preprocessing_arrays.py made it."""
 QUESTIONS = ["What is it?", "Which colour comes first, and why does it matter to anyone at all?", "!"]
 NUM_NEW = 64
 """Tokens of an answer."""
@@ -90,7 +99,8 @@ def save_llava_onevision(folder: Path) -> PreTrainedModel:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaOnevisionConfig(
         text_config={**_text(), "model_type": "qwen2"},
-        vision_config={**vision, "model_type": "siglip_vision_model", "image_size": 40, "patch_size": 8},
+        vision_config={**vision, "model_type": "siglip_vision_model", "image_size": TILE, "patch_size": 8},
+        image_grid_pinpoints=RESOLUTIONS,
         image_token_index=_IDS["<|image_pad|>"],
         video_token_index=_IDS["<|video_pad|>"],
     )
@@ -112,34 +122,68 @@ def noise(num_frames: int, width: int, height: int, *, interval_s: float = 1.0) 
 VIDEOS = noise(20, 100, 60), noise(9, 40, 90, interval_s=0.5)
 
 
-def prompt(model: OnePassModel, frames: Frames, question: str) -> dict[str, torch.Tensor]:
-    """What transformers' own processor makes of a video and a question, for the model's ``generate``."""
+def image(seed: int, width: int, height: int) -> Frames:
+    """A picture of coloured noise, the same at every call."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    pixels = coarse.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    return Frames(np.ascontiguousarray(pixels)[None], np.zeros(1))
+
+
+def prompt(
+    model: OnePassModel, frames: Frames | None, question: str, images: Sequence[Any] = ()
+) -> dict[str, torch.Tensor]:
+    """What transformers' own processor makes of a video, images and a question, for the model's ``generate``.
+
+    ``images`` are preprocessed.
+    """
+    family = type(model.vision).__name__
+    around = _IDS["<|vision_start|>"], _IDS["<|vision_end|>"]
+    ids, extra = list(model.prompt.prefix_ids), {}
+    if frames is not None:
+        ids += _video(model, frames, extra)
+    if family == "OneVisionTower" and images:
+        most = max(len(each.pixels) for each in images)
+        normal = [(each.pixels.float() / 255 - 0.5) / 0.5 for each in images]
+        stacked = [torch.cat([each, each.new_zeros(most - len(each), *each.shape[1:])]) for each in normal]
+        sizes = torch.tensor([[each.height, each.width] for each in images])
+        extra |= {"pixel_values": torch.stack(stacked), "image_sizes": sizes}
+        extra["batch_num_images"] = torch.tensor([len(images)])
+        ids += [_IDS["<|image_pad|>"]] * sum(model.num_image_tokens(each) for each in images)
+    elif images:
+        patches, grids = zip(*(model.vision.image_patches.flatten(each) for each in images), strict=True)
+        extra |= {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
+        for each in images:
+            ids += [around[0], *[_IDS["<|image_pad|>"]] * (model.num_image_tokens(each) - 2), around[1]]
+    behind = model.tokenize([Turn("user", question)], behind_media=bool(frames or images))
+    whole = torch.tensor([[*ids, *behind]])
+    if family != "OneVisionTower":
+        kinds = torch.where(whole == _IDS["<|video_pad|>"], 2, 0) + torch.where(whole == _IDS["<|image_pad|>"], 1, 0)
+        extra["mm_token_type_ids"] = kinds
+    return {"input_ids": whole, "attention_mask": torch.ones_like(whole), **extra}
+
+
+def _video(model: OnePassModel, frames: Frames, extra: dict[str, torch.Tensor]) -> list[int]:
+    """The tokens of a video; ``extra`` gets what the model takes besides."""
     family = type(model.vision).__name__
     pixels = model.preprocess(frames)
-    behind = model.tokenize([Turn("user", question)])
     num_visual = model.num_visual_tokens(len(frames), frames.pixels.shape[2], frames.pixels.shape[1])
     video = [_IDS["<|video_pad|>"]] * num_visual
     if family == "OneVisionTower":
-        normal = (pixels.float() / 255 - 0.5) / 0.5
-        extra, video = {"pixel_values_videos": normal[None]}, [*video, video[0]]
-    else:
-        patches, grid = model.vision.patches.flatten(pixels)
-        extra = {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
+        extra["pixel_values_videos"] = ((pixels.float() / 255 - 0.5) / 0.5)[None]
+        return [*video, video[0]]
+    patches, grid = model.vision.patches.flatten(pixels)
+    extra |= {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
     if family == "Qwen25Tower":
         interval_s = float(frames.times_s[1] - frames.times_s[0])
         extra["second_per_grid_ts"] = torch.tensor([2 * interval_s])
-    if family == "Qwen3Tower":
-        size, parts = num_visual // grid[0], []
-        for step in range(grid[0]):
-            pair = frames.times_s[2 * step : 2 * step + 2]
-            text = f"<{pair.mean():.1f} seconds><|vision_start|>", "<|vision_end|>"
-            before, after = (model.tokenizer.encode(part, add_special_tokens=False) for part in text)
-            parts += [*before, *video[:size], *after]
-        video = parts
-    ids = torch.tensor([[*model.prompt.prefix_ids, *video, *behind]])
-    if family != "OneVisionTower":
-        extra["mm_token_type_ids"] = torch.where(ids == _IDS["<|video_pad|>"], 2, 0)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}
+        return [_IDS["<|vision_start|>"], *video, _IDS["<|vision_end|>"]]
+    size, parts = num_visual // grid[0], []
+    for step in range(grid[0]):
+        pair = frames.times_s[2 * step : 2 * step + 2]
+        text = f"<{pair.mean():.1f} seconds><|vision_start|>", "<|vision_end|>"
+        before, after = (model.tokenizer.encode(part, add_special_tokens=False) for part in text)
+        parts += [*before, *video[:size], *after]
+    return parts
 
 
 def _text(**rope: Any) -> dict[str, Any]:
@@ -186,11 +230,18 @@ def prefill(model: OnePassModel, frames: Frames, sizes: Sequence[int]) -> list[t
 
 
 def ask(
-    model: OnePassModel, pairs: Sequence[tuple[ChunkKV, ChunkKV]], question: str, num_new: int
+    model: OnePassModel,
+    pairs: Sequence[tuple[ChunkKV, ChunkKV]],
+    question: str,
+    num_new: int,
+    images: Sequence[Any] = (),
 ) -> tuple[torch.Tensor, list[int]]:
-    """With every chunk selected: the logits of all of the prompt's tokens, and the greedy answer."""
-    ids = torch.tensor(model.tokenize([Turn("user", question)]))
+    """With every chunk selected, and preprocessed images: the logits of all of the text's tokens, and the greedy
+    answer."""
+    ids = torch.tensor(model.tokenize([Turn("user", question)], behind_media=bool(pairs or images)))
     cache = MixedCache(model.prefix(), [low for low, _ in pairs], model.rope, room=len(ids) + num_new)
+    for each in images:
+        model.forward([Row(torch.empty(0, dtype=torch.int64), cache, model.encode_image(each))])
     with torch.inference_mode():
         hidden, _ = model.decoder([Window(model.decoder.embed_tokens(ids), cache)])
         logits = model.decoder.logits(hidden)

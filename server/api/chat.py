@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from torch import Tensor
 
 from compression.select import Dial
 from server.api import sse
@@ -130,7 +129,7 @@ def _limit(what: str, sources: Sequence[Source], most: int) -> None:
 
 async def _media(
     body: ChatRequest, conversation: Conversation, services: Services, tenant: str
-) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """The images, and the files of the videos; videos inside the request become files only if all images are good."""
     images = await see(services, conversation.images)
     return images, await _file_ids(body, conversation, services, tenant)
@@ -151,10 +150,9 @@ async def _file_ids(body: ChatRequest, conversation: Conversation, services: Ser
         fps_param="media_io_kwargs.video.fps",
         frames_param="media_io_kwargs.video.num_frames",
     )
-    file_ids = [
-        video.location if video.is_stored else await ingest(services, video, sampling, tenant)
-        for video in conversation.videos
-    ]
+    inline = [video for video in conversation.videos if not video.is_stored]
+    taken = iter(await ingest(services, inline, sampling, tenant))
+    file_ids = [video.location if video.is_stored else next(taken) for video in conversation.videos]
     return tuple(dict.fromkeys(file_ids))  # the same bytes may have come in two ways
 
 

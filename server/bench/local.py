@@ -19,10 +19,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from compression.compressor import RawChunk, join
 from compression.kv import ChunkKV
-from compression.methods import COMPRESSORS
+from compression.methods import COMPRESSORS, EVICTIONS
 from compression.mixed import MixedCache
 from compression.score import AttentionScorer, Scorer
 from compression.select import Dial
+from compression.snap import Snap
 from kvstore import codec
 from kvstore.base import Store
 from kvstore.disk import DiskStore
@@ -154,7 +155,22 @@ class LocalVideo:
         run = RawPrefill(self.model)
         return [run.append(features) for features in self.features]
 
-    def raw_asked(self, text: str) -> RawChunk:
+    def kept(self, method: str, scores: Sequence[float] = ()) -> list[ChunkKV]:
+        """What one of :data:`compression.methods.EVICTIONS` keeps of the uncompressed KVs where the default's budget
+        is its own; tokens that are not visual always stay."""
+        kept = EVICTIONS[method].keep(self.raw, self._visual_budget, scores)
+        return [chunk.with_others(kv) for chunk, kv in zip(self.raw, kept, strict=True)]
+
+    def kept_for(self, text: str) -> ChunkKV:
+        """SnapKV as published: the same of the whole video at once, where the question that follows is the window."""
+        asked = self._raw_asked(text)
+        return asked.with_others(Snap().compress(asked, self._visual_budget).kv)
+
+    @property
+    def _visual_budget(self) -> int:
+        return self.default_tokens - sum(chunk.num_others for chunk in self.raw)
+
+    def _raw_asked(self, text: str) -> RawChunk:
         """The uncompressed KVs of the whole video as one chunk, judged by all tokens of a question that follows it."""
         cache, whole = self._raw_cache
         with torch.inference_mode(), self._scoring(AttentionScorer()):  # the one that needs every layer's queries
@@ -165,11 +181,11 @@ class LocalVideo:
     @cached_property
     def _raw_cache(self) -> tuple[MixedCache, RawChunk]:
         whole = join(self.raw)
-        return self.decoder.cache([whole.kv]), whole
+        return self.decoder.cache([whole.with_others(whole.kv)]), whole
 
     @cached_property
     def representatives(self) -> list[ChunkKV]:
-        """Every chunk's raw KVs averaged to one token."""
+        """Every chunk's raw KVs of visual tokens averaged to one token."""
         return [COMPRESSORS["pool"].compress(chunk, 1).kv for chunk in self.raw]
 
     def prefilled(

@@ -9,15 +9,15 @@ from random import Random
 from typing import Protocol
 
 from compression.kv import ChunkKV
-from compression.methods import COMPRESSORS, EVICTIONS
+from compression.methods import COMPRESSORS
 from compression.score import AttentionScorer, CosineScorer, Scorer
 from compression.select import Dial, fewest, peaks
-from compression.snap import Snap
 from server.bench.grade import named_objects
 from server.bench.local import LocalVideo
 from server.bench.reply import Reply
 from server.bench.synthetic import Question
 from server.bench.video import AskedVideo
+from server.models.memory import CHEAPER
 
 RELOADS = (1, 2, 3, 4, 6)
 UNIFORM_RATIOS = (4, 8, 16)
@@ -189,24 +189,22 @@ def _uniform(ratio: int) -> Method:
 
 def _evicted(name: str) -> Method:
     """A training-free method over uncompressed KVs."""
-    return Built(name, name, lambda video: EVICTIONS[name].keep(video.raw, video.default_tokens, ()), at_default=True)
+    return Built(name, name, lambda video: video.kept(name), at_default=True)
 
 
 def _retrieve_by_mean_keys(video: LocalVideo, question: Question) -> list[ChunkKV]:
     """As ReKV does: the cosine of the question's mean query and the mean of a chunk's raw keys."""
-    scores = video.score_over(question.text, video.representatives, CosineScorer())
-    return EVICTIONS["raw-retrieval"].keep(video.raw, video.default_tokens, scores)
+    return video.kept("raw-retrieval", video.score_over(question.text, video.representatives, CosineScorer()))
 
 
 def _retrieve_by_attention(video: LocalVideo, question: Question) -> list[ChunkKV]:
     """By the bi-level method's own scores: what differs is that nothing is left of the other chunks."""
     (scores,) = video.scores([question.text])
-    return EVICTIONS["raw-retrieval"].keep(video.raw, video.default_tokens, scores)
+    return video.kept("raw-retrieval", scores)
 
 
 def _snap_for_question(video: LocalVideo, question: Question) -> list[ChunkKV]:
-    """SnapKV as published: the window is the question, and the budget is the whole video's."""
-    return [Snap().compress(video.raw_asked(question.text), video.default_tokens).kv]
+    return [video.kept_for(question.text)]
 
 
 def _reload_from(video: LocalVideo, question: Question, low: Sequence[ChunkKV]) -> list[ChunkKV]:
@@ -224,6 +222,11 @@ def _variant(name: str, low: Callable[[LocalVideo], Sequence[ChunkKV]]) -> list[
     ]
 
 
+def _prefilled(mode: str) -> list[Method]:
+    """The same, with what a prefill makes that sees less of earlier chunks."""
+    return _variant(mode, lambda video: video.prefilled(prefill_mode=mode)[0])
+
+
 PLAIN: Method = Dialled("plain", "plain", lambda video, question: Dial(), at_default=True)
 """What a server answers that is told nothing more; the only row of one that has no dials."""
 
@@ -239,13 +242,12 @@ METHODS: list[Method] = [
     Dependent("union", "union", _union, at_default=True),
     Dialled("oracle", "oracle", oracle, at_default=True),
     Dialled("random", "random", _random, at_default=True),
-    Built("raw", "raw", lambda video: [chunk.kv for chunk in video.raw]),
+    Built("raw", "raw", lambda video: [chunk.with_others(chunk.kv) for chunk in video.raw]),
     *(_evicted(name) for name in (*COMPRESSORS, "frames", "recency")),
     BuiltForQuestion("snap-question", "snap-question", _snap_for_question, at_default=True),
     BuiltForQuestion("raw-retrieval", "raw-retrieval", _retrieve_by_mean_keys, at_default=True),
     BuiltForQuestion("raw-retrieval-attention", "raw-retrieval-attention", _retrieve_by_attention, at_default=True),
     *_variant("int8", lambda video: video.low_int8),
-    *_variant("high-memory", lambda video: video.prefilled(prefill_mode="high-memory")[0]),
-    *_variant("recent-2", lambda video: video.prefilled(prefill_mode="recent-2")[0]),
+    *(method for mode in CHEAPER for method in _prefilled(mode)),
 ]
 """A new row is one more entry. ``low`` and ``high`` are uniform compression at the model's two ratios."""

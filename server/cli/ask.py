@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -21,7 +22,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def ask(
-    file_id: Annotated[str, typer.Argument(help="The id that x2l upload printed.")],
+    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID...", help="Ids that x2l upload printed.")],
     question: Annotated[str, typer.Argument(help="The question.")],
     reload: Annotated[int | None, typer.Option(min=0, help="Chunks to re-load.")] = None,
     budget_tokens: Annotated[int | None, typer.Option(min=1, help="Bound of the whole mixed cache.")] = None,
@@ -35,7 +36,7 @@ def ask(
     base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key: ApiKey = "",
 ) -> None:
-    """Asks a question about an uploaded video.
+    """Asks a question about one uploaded video, or about several together.
 
     Prints the answer as it comes, then the evidence.
     """
@@ -55,18 +56,18 @@ def ask(
     options = {name: value for name, value in options.items() if value not in (None, {})}
     with connect(base_url, api_key) as client:
         if json_output:
-            reply = check(client.post("/v1/chat/completions", json=chat_body(client, file_id, question, options)))
+            reply = check(client.post("/v1/chat/completions", json=chat_body(client, file_ids, question, options)))
             print(json.dumps(reply.json(), indent=2, ensure_ascii=False))
             return
-        _, evidence = stream_answer(client, file_id, question, options)
+        _, evidence = stream_answer(client, file_ids, question, options)
     print_evidence(evidence, Console(stderr=True))
 
 
 def stream_answer(
-    client: httpx.Client, file_id: str, question: str, options: dict[str, Any]
+    client: httpx.Client, file_ids: Sequence[str], question: str, options: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """Prints the answer as it comes; the whole text and the reply's ``x2l`` object. Raises ServerError."""
-    body = chat_body(client, file_id, question, options) | {"stream": True}
+    body = chat_body(client, file_ids, question, options) | {"stream": True}
     text = ""
     evidence: dict[str, Any] = {}
     with event_stream(client, "POST", "/v1/chat/completions", json=body) as chunks:
@@ -80,9 +81,10 @@ def stream_answer(
     return text, evidence
 
 
-def chat_body(client: httpx.Client, file_id: str, question: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The request's body for one question about one file."""
-    content = [{"type": "file", "file": {"file_id": file_id}}, {"type": "text", "text": question}]
+def chat_body(client: httpx.Client, file_ids: Sequence[str], question: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The request's body for one question about these files."""
+    files: list[dict[str, Any]] = [{"type": "file", "file": {"file_id": file_id}} for file_id in file_ids]
+    content = [*files, {"type": "text", "text": question}]
     model = check(client.get("/v1/models")).json()["data"][0]["id"]
     return {"model": model, "messages": [{"role": "user", "content": content}]} | options
 
@@ -90,11 +92,13 @@ def chat_body(client: httpx.Client, file_id: str, question: str, options: dict[s
 def print_evidence(x2l: dict[str, Any], console: Console) -> None:
     """The re-loaded chunks as a table, and what the answer cost."""
     if x2l["evidence"]:
-        table = Table("evidence", "from", "to", "score", box=None, header_style="bold")
+        several = "files" in x2l
+        columns = ["evidence", "from", "to", "score", *(["file"] if several else [])]
+        table = Table(*columns, box=None, header_style="bold")
         for item in x2l["evidence"]:
-            table.add_row(
-                f"chunk {item['chunk']}", clock(item["start_s"]), clock(item["end_s"]), f"{item['score']:.3f}"
-            )
+            times = clock(item["start_s"]), clock(item["end_s"])
+            of = [item["file_id"]] if several else []
+            table.add_row(f"chunk {item['chunk']}", *times, f"{item['score']:.3f}", *of)
         console.print(table)
     tokens, timings = x2l["kv_tokens"], x2l["timings_ms"]
     degraded = ", degraded" if x2l["degraded"] else ""

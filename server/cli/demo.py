@@ -80,7 +80,7 @@ def _ask(client: httpx.Client, file_id: str, question: dict[str, Any], console: 
     from server.cli.files import clock
 
     console.print(f"\n[bold]{question['question']}[/]")
-    text, evidence = stream_answer(client, file_id, question["question"], {"max_tokens": MAX_TOKENS})
+    text, evidence = stream_answer(client, [file_id], question["question"], {"max_tokens": MAX_TOKENS})
     right = is_right(question["type"], question["answer"], text)
     console.print(f"{'right' if right else 'WRONG'}: the truth is {question['answer']!r}, ", end="")
     start, end = clock(question["start_s"]), clock(question["end_s"])

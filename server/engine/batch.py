@@ -38,13 +38,14 @@ def _step(decoder: StepDecoder, questions: Sequence[Question]) -> list[int]:
 def _attempt(
     questions: Sequence[Question], pass_over: Callable[[Sequence[Question]], list[int]]
 ) -> dict[str, int | Exception]:
-    lengths = [(question.cache, question.cache.length) for question in questions if question.cache is not None]
+    caches = [question.cache for question in questions if question.cache is not None]
+    ends = [(cache.length, cache.next_position) for cache in caches]
     try:
         return dict(zip((question.id for question in questions), pass_over(questions), strict=True))
     except Exception as error:
         if len(questions) == 1:
             return {questions[0].id: error}
-        for cache, length in lengths:
-            cache.length = length
+        for cache, end in zip(caches, ends, strict=True):
+            cache.rewind(*end)
     # Not in the handler, where the error still holds what the failed pass had allocated.
     return {name: token for question in questions for name, token in _attempt([question], pass_over).items()}

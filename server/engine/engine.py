@@ -10,9 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from compression.kv import ChunkKV
 from kvstore.base import Store
@@ -131,13 +131,10 @@ class Engine:
         self._reads.close()
         self._writers.shutdown()
 
-    @property
-    def takes_images(self) -> bool:
-        return self._model.takes_images
-
-    def preprocess(self, image: Frames) -> Tensor:
-        """An image, given as a single frame, as a Request takes it. From any thread."""
-        return self._model.preprocess(image)
+    def preprocess_image(self, frame: Frames, *, alone: bool) -> Any:
+        """An image, given as a single frame, as a Request takes it; ``alone`` tells that it has no other. From any
+        thread."""
+        return self._model.preprocess_image(frame, alone=alone)
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None]) -> None:
         """Takes a request. ``on_delta`` is called from the engine thread and must not block; its last call gets a final

@@ -167,6 +167,10 @@ class Library:
             if not taken:
                 path.unlink(missing_ok=True)
 
+    def check(self, path: Path, sampling: Sampling) -> None:
+        """Raises VideoError if ``create`` would."""
+        self._probe(path, sampling)
+
     def get(self, file_id: str, tenant: str) -> FileRecord | None:
         """The file as it stands; None if this tenant has no such file. Raises StoreError."""
         record = self._find(file_id, tenant)

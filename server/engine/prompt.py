@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from compression.mixed import MixedCache
-from server.models.base import Row, Turn, VideoModel
+from server.engine.request import Request
+from server.models.base import Row, VideoModel
 
 
 class Prompt:
@@ -18,20 +18,20 @@ class Prompt:
     It can be read over several caches, one after the other. Images are encoded once, and live no longer than this.
     """
 
-    def __init__(self, model: VideoModel, turns: Sequence[Turn], images: Sequence[Tensor], *, step: int) -> None:
-        """``images`` are preprocessed, one frame each. Thread-safe."""
-        ids = model.tokenize(turns)
-        self.num_tokens = sum(model.num_image_tokens(pixels) for pixels in images) + len(ids)
+    def __init__(self, model: VideoModel, request: Request, *, step: int) -> None:
+        """Thread-safe."""
+        ids = model.tokenize(request.turns, behind_media=bool(request.file_ids or request.images))
+        self.num_tokens = sum(model.num_image_tokens(image) for image in request.images) + len(ids)
         self._model = model
-        self._images = tuple(images)
-        self._encoded: list[Tensor] = []
+        self._images = request.images
+        self._encoded: list[Any] = []
         self._texts = [ids[start : start + step] for start in range(0, len(ids), step)]
         self._num_read = 0
 
     def encode(self) -> None:
         """Has the model look at the images, unless it has; before the first piece is read."""
-        for pixels in self._images[len(self._encoded) :]:
-            self._encoded.append(self._model.encode_image(pixels))
+        for image in self._images[len(self._encoded) :]:
+            self._encoded.append(self._model.encode_image(image))
 
     @property
     def at_last(self) -> bool:

@@ -74,7 +74,7 @@ class Question:
         asked = request.params.max_tokens
         self._most_tokens = options.max_tokens if asked is None else min(asked, options.max_tokens)
         self._least_tokens = 1 if asked is None else self._most_tokens
-        self._prompt = Prompt(model, request.turns, request.images, step=options.prompt_step)
+        self._prompt = Prompt(model, request, step=options.prompt_step)
         self._detokenizer = Detokenizer(model.tokenizer)
         self._stops = StopStrings(request.params.stop)
         self._chunks: tuple[tuple[str, Chunk], ...] = ()
@@ -148,7 +148,7 @@ class Question:
             prompt.advance()
             return False
         trace = model.trace(row.ids, cache)
-        cache.length = cache.num_mixed
+        cache.forget_conversation()
         prompt.rewind()
         chunks = self._caches.chunks(self._placed) if model.scorer.reads_chunks else ()
         self._scores = tuple(model.scorer.score(trace, cache, chunks, model.rope).tolist())

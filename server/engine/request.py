@@ -1,11 +1,9 @@
-"""What goes into the engine and what comes out: plain values (an image's pixels are the one tensor), no HTTP."""
+"""What goes into the engine and what comes out: plain values (but for images, as the model takes them), no HTTP."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import Any, Literal
 
 from compression.select import Dial
 from server.models.base import Turn
@@ -32,8 +30,8 @@ class SamplingParams:
 class Request:
     """One question about the videos in ``file_ids``, in this order; without any it is a text-only question.
 
-    ``images`` are what :meth:`VideoModel.preprocess` makes of them, one frame each; the model sees them behind the
-    videos and before the turns. ``generate`` False asks for the relevance alone. A dial's ``chunks`` are numbered
+    ``images`` are what :meth:`VideoModel.preprocess_image` makes of them; the model sees them behind the videos and
+    before the turns. ``generate`` False asks for the relevance alone. A dial's ``chunks`` are numbered
     through all videos, its times are those of each video.
     """
 
@@ -44,7 +42,7 @@ class Request:
     tenant: str
     dial: Dial
     generate: bool = True
-    images: tuple[Tensor, ...] = ()
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,14 +59,12 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence of a forward pass: ``ids`` [n] int64 on the model's device, to be appended to ``cache``.
-
-    ``image``, as :meth:`VideoModel.encode_image` made it, goes before them; ``ids`` may then be empty.
-    """
+    """One sequence of a forward pass: ``ids`` [n] int64 on the model's device, to be appended to ``cache``, or in their
+    place an image, as :meth:`VideoModel.encode_image` made it."""
 
     ids: Tensor
     cache: MixedCache
-    image: Tensor | None = None
+    image: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,7 @@ class Prefill(Protocol):
 
 
 class VideoModel(ABC):
-    """A model with both compression levels. All but ``preprocess`` and ``tokenize`` run on the engine thread."""
+    """A model with both compression levels. All that is not called thread-safe runs on the engine thread."""
 
     spec: ModelSpec
     rope: Rope
@@ -119,8 +117,6 @@ class VideoModel(ABC):
     prefill_mode: str
     """What a chunk's prefill sees of the chunks before it; ``exact`` is as the method was published."""
     end_ids: frozenset[int]
-    takes_images: bool = True
-    """Whether a :class:`Row` may hold an image."""
 
     @abstractmethod
     def preprocess(self, frames: Frames) -> Tensor:
@@ -140,14 +136,18 @@ class VideoModel(ABC):
         """``prefill_mode`` and the cheaper ones behind it, each with the most frames that a video of frames of this
         size in pixels, sampled at ``fps``, may have in it before it needs more positions than there are."""
 
-    def num_image_tokens(self, pixels: Tensor) -> int:
-        """How many tokens an image, preprocessed as a single frame, takes in a prompt. Thread-safe."""
-        return len(pixels) * self.spec.tokens_per_frame
+    def preprocess_image(self, frame: Frames, *, alone: bool) -> Any:
+        """An image, given as a single frame, at the model's input size, or sizes. ``alone`` tells that a conversation
+        has no other, which some models look at more closely. Thread-safe."""
+        return self.preprocess(frame)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """An image, preprocessed as a single frame, as :class:`Row` takes it: what a frame at 0 s is."""
-        seen: Tensor = self.encode(pixels, np.zeros(len(pixels)))
-        return seen
+    def num_image_tokens(self, image: Any) -> int:
+        """How many tokens a preprocessed image takes in a prompt, and at most as many positions. Thread-safe."""
+        return len(image) * self.spec.tokens_per_frame
+
+    def encode_image(self, image: Any) -> Any:
+        """A preprocessed image as :class:`Row` takes it: what a frame at 0 s is, unless the model has its own way."""
+        return self.encode(image.to(self.device), np.zeros(len(image)))
 
     @abstractmethod
     def prefix(self) -> ChunkKV:
@@ -158,8 +158,9 @@ class VideoModel(ABC):
         """Starts the prefill of one video, in one of ``prefill_modes`` (None: ``prefill_mode``)."""
 
     @abstractmethod
-    def tokenize(self, turns: Sequence[Turn]) -> list[int]:
-        """The conversation after the video, up to where the assistant's answer begins. Thread-safe."""
+    def tokenize(self, turns: Sequence[Turn], *, behind_media: bool = True) -> list[int]:
+        """The conversation after videos and images (or without any: ``behind_media`` False), up to where the
+        assistant's answer begins. Thread-safe."""
 
     @abstractmethod
     def forward(self, rows: Sequence[Row]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from server.models.memory import num_low_in_memory
+from server.models.memory import Past
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class CompressionConfig:
 
     ``edge_ratio`` is the ratio of the first and the last chunk at BOTH levels (2 in Video-X2L; None: no edge rule, as
     in Video-XL). ``carry`` tells whether visual tokens behind a chunk's last VST count towards the next chunk's first.
-    ``prefill_mode`` tells what a chunk's L pass sees of the chunks before it (server.models.memory); ``exact`` is as
+    ``prefill_mode`` tells what a chunk's passes see of the chunks before it (server.models.memory); ``exact`` is as
     published. Raises ValueError for a name that does not exist.
     """
 
@@ -25,12 +25,12 @@ class CompressionConfig:
     prefill_mode: str = "exact"
 
     def __post_init__(self) -> None:
-        num_low_in_memory(self.prefill_mode)
+        Past.of(self.prefill_mode)
 
     @property
-    def low_memory(self) -> int | None:
-        """See :func:`server.models.memory.num_low_in_memory`."""
-        return num_low_in_memory(self.prefill_mode)
+    def past(self) -> Past:
+        """What a chunk's passes see of the chunks before it."""
+        return Past.of(self.prefill_mode)
 
     def ratios(self, *, first: bool, last: bool) -> tuple[int, int]:
         """The low and the high ratio of a chunk, which may be the video's first or last."""

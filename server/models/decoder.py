@@ -180,14 +180,16 @@ class LayerLike(Protocol):
 class Window:
     """One sequence's new tokens: ``embeddings`` [n, hidden], to be seen behind ``cache``.
 
-    They stand at ``positions`` [axes, n], or behind the cache's last one after the other. ``deep`` [layers, n, hidden]
-    is added to what comes out of the first layers (DeepStack, arXiv 2406.04334).
+    They stand at ``positions`` [axes, n], and what follows goes on at ``next_position``; without, they stand behind the
+    cache's last one after the other. ``deep`` [layers, n, hidden] is added to what comes out of the first layers
+    (DeepStack, arXiv 2406.04334).
     """
 
     embeddings: Tensor
     cache: KVCache
     is_vst: Tensor | None = None
     positions: Tensor | None = None
+    next_position: int | None = None
     deep: Tensor | None = None
 
 

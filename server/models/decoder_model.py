@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +67,14 @@ class DecoderModel(VideoModel):
             self._prefix = stack(projected, None, "prefix", 1)
         return self._prefix
 
-    def tokenize(self, turns: Sequence[Turn]) -> list[int]:
+    def tokenize(self, turns: Sequence[Turn], *, behind_media: bool = True) -> list[int]:
         messages = [{"role": turn.role, "content": self._plain(turn.text)} for turn in turns]
         text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.prompt.chat_template, tokenize=False, add_generation_prompt=True
+            messages,
+            chat_template=self.prompt.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+            behind_media=behind_media,
         )
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
@@ -78,8 +84,8 @@ class DecoderModel(VideoModel):
         windows = [self._window(row) for row in rows]
         hidden, _ = self.decoder(windows)
         sizes = [len(window.embeddings) for window in windows]
-        for row, size in zip(rows, sizes, strict=True):
-            row.cache.advance(size)
+        for window, size in zip(windows, sizes, strict=True):
+            window.cache.advance(size, window.next_position)
         return self.decoder.logits(hidden[torch.tensor(sizes).cumsum(0) - 1])
 
     def step_decoder(self, max_rows: int) -> StepDecoder | None:
@@ -113,10 +119,13 @@ class DecoderModel(VideoModel):
         return ChunkKV(empty, empty, "prefix", 1)
 
     def _window(self, row: Row) -> Window:
-        """A row as the decoder takes it. Whoever takes images puts them in here."""
         if row.image is not None:
-            raise TypeError(f"{self.spec.name} takes no images")
+            return self._image_window(row.image, row.cache)
         return Window(self.decoder.embed_tokens(row.ids), row.cache)
+
+    @abstractmethod
+    def _image_window(self, image: Any, cache: KVCache) -> Window:
+        """An encoded image as the decoder takes it."""
 
     def _plain(self, text: str) -> str:
         """A client's text may name special tokens, but never makes one."""

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.image_utils import ChannelDimension
 
 from server.models import chatml
 from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
@@ -19,7 +21,9 @@ from server.models.transformers_folder import TransformersFolder
 from server.video.frames import Frames
 
 _PREFIX = "<|im_start|>user "
-_TEMPLATE = chatml.template("\n", break_after_role=" ", break_after_turn="")
+_TEMPLATE = chatml.template("\n", behind_role=" \n", behind_turn="")
+_LARGEST_SQUARE = 4096
+"""Pixels; a sliver that is longer is made smaller before its square takes gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,21 @@ class OneVisionSettings:
     std: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """An image, seen whole and then in parts: uint8 [1 + parts, 3, size, size]; without any, seen as one of several.
+
+    ``height`` and ``width`` are those that it had.
+    """
+
+    pixels: Tensor
+    height: int
+    width: int
+
+
 class OneVisionTower(nn.Module):
-    """transformers' own tower, projector and pooling. A learned token stands at the end of a video."""
+    """transformers' own tower, projector and pooling. A learned token stands at the end of a video, and of every row of
+    an image."""
 
     def __init__(self, inner: Any, settings: OneVisionSettings) -> None:
         super().__init__()
@@ -42,6 +59,10 @@ class OneVisionTower(nn.Module):
         self.newline = inner.image_newline
         self.settings = settings
         self._see = inner.get_video_features
+        self._see_image = inner.get_image_features
+        self._pack = inner.pack_image_features
+        self._resolutions: list[list[int]] = inner.config.image_grid_pinpoints
+        self._aspect_ratio: str = inner.config.vision_aspect_ratio
 
     def preprocess(self, frames: Frames) -> Tensor:
         """See :meth:`VisionTower.preprocess`: uint8, stretched to a square with PIL's bicubic filter."""
@@ -56,10 +77,8 @@ class OneVisionTower(nn.Module):
 
     def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
         """See :meth:`VisionTower.__call__`."""
-        side, settings = self.settings.side, self.settings
-        mean, std = (torch.tensor(each, device=pixels.device)[:, None, None] for each in (settings.mean, settings.std))
-        normal = ((pixels.float() / 255 - mean) / std).to(self.newline.dtype)
-        features = self._see(normal[None]).pooler_output[0, :-1]  # the newline has its own place
+        side = self.settings.side
+        features = self._see(self._normal(pixels)[None]).pooler_output[0, :-1]  # the newline has its own place
         return VisualTokens(features, side, side, np.stack([times_s, times_s], axis=1))
 
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
@@ -69,6 +88,63 @@ class OneVisionTower(nn.Module):
         is_visual = torch.ones(len(tokens.features) + 1, dtype=torch.bool, device=tokens.features.device)
         is_visual[-1] = False
         return Layout(is_visual=is_visual, others=self.newline[None])
+
+    def preprocess_image(self, frame: Frames, *, alone: bool) -> Tiles:
+        """See :meth:`VisionTower.preprocess_image`: a single one at the resolution that suits it best."""
+        size = self.settings.size
+        _, height, width, _ = frame.pixels.shape
+        if not alone:
+            return Tiles(resize(_square(frame, self.settings.mean), (size, size)), height, width)
+        best = select_best_resolution((height, width), self._resolutions)
+        inner_height, inner_width = get_patch_output_size(frame.pixels[0], best, ChannelDimension.LAST)
+        top, left = (best[0] - inner_height) // 2, (best[1] - inner_width) // 2
+        canvas = torch.zeros(3, *best, dtype=torch.uint8)
+        canvas[:, top : top + inner_height, left : left + inner_width] = resize(frame, (inner_width, inner_height))[0]
+        parts = canvas.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).reshape(-1, 3, size, size)
+        return Tiles(torch.cat([resize(frame, (size, size)), parts]), height, width)
+
+    def num_image_tokens(self, image: Tiles) -> int:
+        """See :meth:`VisionTower.num_image_tokens`."""
+        config = self.tower.config
+        nothing = torch.empty(len(image.pixels), (config.image_size // config.patch_size) ** 2, 1, device="meta")
+        size = [image.height, image.width]
+        packed, _ = self._pack([nothing], [size], image_newline=nothing[0, 0], vision_aspect_ratio=self._aspect_ratio)
+        return len(packed[0])
+
+    def see_image(self, image: Tiles) -> VisualTokens:
+        """See :meth:`VisionTower.see_image`."""
+        seen = self._see_image(
+            self._normal(image.pixels.to(self.newline.device))[None],
+            image_sizes=torch.tensor([[image.height, image.width]]),
+            batch_num_images=torch.tensor([1 if len(image.pixels) > 1 else 2]),
+        )
+        features = seen.pooler_output[0]
+        return VisualTokens(features, 1, len(features), np.zeros((1, 2)))
+
+    def lay_out_image(self, tokens: VisualTokens, next_position: int) -> Layout:
+        """See :meth:`VisionTower.lay_out_image`: contiguous."""
+        return Layout()
+
+    def _normal(self, pixels: Tensor) -> Tensor:
+        mean, std = (
+            torch.tensor(each, device=pixels.device)[:, None, None] for each in (self.settings.mean, self.settings.std)
+        )
+        return ((pixels.float() / 255 - mean) / std).to(self.newline.dtype)
+
+
+def _square(frame: Frames, mean: tuple[float, ...]) -> Frames:
+    """A frame in the middle of a square of the mean colour."""
+    _, height, width, _ = frame.pixels.shape
+    longest = max(height, width)
+    if longest > _LARGEST_SQUARE:
+        scale = _LARGEST_SQUARE / longest
+        smaller = resize(frame, (max(1, round(width * scale)), max(1, round(height * scale))))
+        return _square(Frames(smaller.permute(0, 2, 3, 1).numpy(), frame.times_s), mean)
+    top, left = (longest - height) // 2, (longest - width) // 2
+    square = np.empty((1, longest, longest, 3), np.uint8)
+    square[:] = [int(part * 255) for part in mean]
+    square[:, top : top + height, left : left + width] = frame.pixels
+    return Frames(square, frame.times_s)
 
 
 def load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from compression.score import Scorer
 from server.models.base import ModelSpec, PositionLimitError
 from server.models.decoder import LanguageModel, Window
 from server.models.decoder_model import DecoderModel, PromptConfig, stack
-from server.models.memory import Recent, num_low_in_memory
+from server.models.memory import CHEAPER, Memory, Past, longest_videos, room_to_ask
 from server.video.frames import Frames
 
 _MOST_FRAMES = 10_000_000
@@ -45,7 +45,7 @@ class OnePassConfig:
     prefill_mode: str = "exact"
 
     def __post_init__(self) -> None:
-        num_low_in_memory(self.prefill_mode)
+        Past.of(self.prefill_mode)
         if self.compressor not in COMPRESSORS:
             raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}, not {self.compressor!r}")
         if not 1 <= self.low_ratio <= self.high_ratio:
@@ -54,7 +54,7 @@ class OnePassConfig:
 
 @dataclass(frozen=True, slots=True)
 class VisualTokens:
-    """One chunk's visual tokens: ``features`` [steps * rows * columns, hidden], row-major.
+    """A chunk's or an image's visual tokens: ``features`` [steps * rows * columns, hidden], row-major.
 
     ``times_s`` [steps, 2] float64 is when the first and the last frame of each step were on screen, in seconds from the
     first presented frame. ``deep`` [layers, steps * rows * columns, hidden] is for the language model's first layers
@@ -70,7 +70,7 @@ class VisualTokens:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the model reads of a chunk, and where it stands.
+    """What the model reads of a chunk or an image, and where it stands.
 
     Where other tokens stand among the visual ones, ``is_visual`` [tokens] tells which is which and ``others``
     [n, hidden] are the embeddings of the former, which are never compressed. ``positions`` is int64 [axes, tokens], and
@@ -106,11 +106,21 @@ class VisionTower(Protocol):
         """``start`` is the position of the video's first token, ``next_position`` the one behind the chunks before;
         ``last`` tells that no chunk follows."""
 
+    def preprocess_image(self, frame: Frames, *, alone: bool) -> Any:
+        """See :meth:`server.models.base.VideoModel.preprocess_image`."""
+
+    def num_image_tokens(self, image: Any) -> int:
+        """See :meth:`server.models.base.VideoModel.num_image_tokens`: with all that stands around it."""
+
+    def see_image(self, image: Any) -> VisualTokens:
+        """A preprocessed image."""
+
+    def lay_out_image(self, tokens: VisualTokens, next_position: int) -> Layout:
+        """What the model reads of an image whose first token stands at ``next_position``."""
+
 
 class OnePassModel(DecoderModel):
     """A model of transformers' own classes, or any other whose layers :class:`LanguageModel` can run."""
-
-    takes_images = False
 
     def __init__(
         self,
@@ -126,7 +136,7 @@ class OnePassModel(DecoderModel):
         super().__init__(spec, decoder, prompt, tokenizer, scorer, compression.prefill_mode)
         self.vision = vision
         self.compression = compression
-        self.fingerprint = self._fingerprint(spec, compression, prompt, self.dtype, self.rope, vision.settings)
+        self.fingerprint = self._fingerprint(spec, compression, CHEAPER, prompt, self.dtype, self.rope, vision.settings)
 
     def preprocess(self, frames: Frames) -> Tensor:
         return self.vision.preprocess(frames)
@@ -138,35 +148,49 @@ class OnePassModel(DecoderModel):
     def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
         return self.vision.num_tokens(num_frames, width, height)
 
+    def preprocess_image(self, frame: Frames, *, alone: bool) -> Any:
+        return self.vision.preprocess_image(frame, alone=alone)
+
+    def num_image_tokens(self, image: Any) -> int:
+        return self.vision.num_image_tokens(image)
+
+    @torch.inference_mode()
+    def encode_image(self, image: Any) -> VisualTokens:
+        return self.vision.see_image(image)
+
     def prefill_modes(self, width: int, height: int, fps: float) -> tuple[tuple[str, int], ...]:
-        modes: list[tuple[str, int]] = []
-        for mode in dict.fromkeys((self.prefill_mode, "high-memory")):
-            peaks = partial(self._num_positions, mode, width=width, height=height, fps=fps)
-            longest = bisect_right(range(_MOST_FRAMES), self.spec.max_positions, lo=1, key=peaks) - 1
-            if not modes or longest > modes[-1][1]:
-                modes.append((mode, longest))
-        return tuple(modes)
+        def longest(mode: str) -> int:
+            peaks = partial(self._num_positions, Past.of(mode), width=width, height=height, fps=fps)
+            return bisect_right(range(_MOST_FRAMES), self.spec.max_positions, lo=1, key=peaks) - 1
+
+        return longest_videos(self.prefill_mode, longest)
 
     def prefill(self, mode: str | None = None) -> OnePassPrefill:
         return OnePassPrefill(self, mode or self.prefill_mode)
 
-    def _num_positions(self, mode: str, num_frames: int, *, width: int, height: int, fps: float) -> int:
-        """Positions that the prefill of so many frames takes, at least one; it never falls as they grow more."""
+    def _image_window(self, image: VisualTokens, cache: KVCache) -> Window:
+        return _arrange(image, self.vision.lay_out_image(image, cache.next_position), cache)[0]
+
+    def _num_positions(self, past: Past, num_frames: int, *, width: int, height: int, fps: float) -> int:
+        """Positions that so many frames need, at least one, for their prefill and for a question about them; it never
+        falls as they grow more."""
         num_prefix, size, config = len(self.prompt.prefix_ids), self.spec.frames_per_chunk, self.compression
         taken = self.vision.num_positions(num_frames, width, height, fps)
+        room = room_to_ask(self.spec.max_positions)
         if taken is not None:
-            return num_prefix + taken
+            return num_prefix + taken + room
         num_before = (num_frames - 1) // size
         chunk, end = (self.num_visual_tokens(n, width, height) for n in (size, num_frames - num_before * size))
-        most_low = num_low_in_memory(mode)
+        low, high = num_kept(chunk, config.low_ratio), num_kept(chunk, config.high_ratio)
 
         def memory(num_chunks: int) -> int:
-            num_low = num_chunks if most_low is None else min(num_chunks, most_low)
-            kept = (num_low, config.low_ratio), (num_chunks - num_low, config.high_ratio)
-            return num_prefix + sum(number * num_kept(chunk, ratio) for number, ratio in kept)
+            num_low, num_high = past.seen(num_chunks)
+            return num_prefix + num_low * low + num_high * high
 
-        last = memory(num_before) + end + 1  # for a token that a family may put behind a video
-        return max(last, memory(num_before - 1) + chunk) if num_before else last
+        # One more for a token that a family may put behind a video.
+        last = memory(num_before) + end + 1
+        asking = num_prefix + num_before * high + num_kept(end, config.high_ratio) + 1 + room
+        return max(last, asking, memory(num_before - 1) + chunk if num_before else 0)
 
 
 class OnePassPrefill:
@@ -175,43 +199,37 @@ class OnePassPrefill:
     def __init__(self, model: OnePassModel, mode: str) -> None:
         self._model = model
         prefix = model.prefix()
-        self._memory = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
-        self._memory.append(prefix)
-        self._start = self._memory.next_position
-        self._recent = Recent(num_low_in_memory(mode))
+        cache = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
+        cache.append(prefix)
+        self._start = cache.next_position
+        self._memory = Memory(cache, Past.of(mode))
 
     @torch.inference_mode()
     def append(self, features: VisualTokens, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
         config = self._model.compression
-        raw, others = self._read(features, last)
+        raw = self._read(features, last)
         kept = both_levels(COMPRESSORS[config.compressor], raw, config.low_ratio, config.high_ratio)
-        low, high = (part.kv if others is None else part.kv.followed_by(others) for part in kept)
-        self._recent.append_to(self._memory, low, high)
+        low, high = (raw.with_others(part.kv) for part in kept)
+        self._memory.append(low, high)
         return low, high
 
     @torch.inference_mode()
     def append_raw(self, features: VisualTokens, *, last: bool) -> RawChunk:
-        """The same without compression: all that follows sees the chunk as it is.
-
-        Raises PositionLimitError, and TypeError where other tokens stand among the visual ones.
-        """
-        raw, others = self._read(features, last)
-        if others is not None:
-            raise TypeError(
-                f"{self._model.spec.name} puts text among a chunk's visual tokens: they cannot be kept alone"
-            )
-        self._memory.append(raw.kv)
+        """The same without compression: all that follows sees the chunk as it is. Raises PositionLimitError."""
+        raw = self._read(features, last)
+        whole = raw.with_others(raw.kv)
+        self._memory.append(whole, whole)
         return raw
 
     @torch.inference_mode()
     def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         """See :meth:`server.models.base.Prefill.restore`."""
-        self._recent.append_to(self._memory, low, high)
+        self._memory.append(low, high)
 
-    def _read(self, tokens: VisualTokens, last: bool) -> tuple[RawChunk, ChunkKV | None]:
-        """The next chunk's own KVs, those of its visual tokens and of the others. Raises PositionLimitError."""
-        model, memory = self._model, self._memory
+    def _read(self, tokens: VisualTokens, last: bool) -> RawChunk:
+        """The next chunk's own KVs. Raises PositionLimitError."""
+        model, memory = self._model, self._memory.cache
         layout = model.vision.lay_out(tokens, self._start, memory.next_position, last=last)
         window, visual = _arrange(tokens, layout, memory)
         positions = layout.positions
@@ -227,27 +245,28 @@ class OnePassPrefill:
         if layout.positions is not None:
             kv = replace(kv, positions=positions.to(torch.int32)[:, None, None], next_position=layout.next_position)
         asking = visual.nonzero()[-_NUM_QUERIES:, 0]
-        raw = RawChunk(
+        return RawChunk(
             kv=kv.take(visual),
             positions=positions[..., visual],
             queries=torch.stack([queries[:, asking] for queries, _, _ in projected]),
             query_positions=positions[..., asking],
             rope=model.rope,
             tokens_per_frame=tokens.rows * tokens.columns,
+            others=kv.take(~visual) if layout.others is not None else None,
         )
-        return raw, kv.take(~visual) if layout.others is not None else None
 
 
-def _arrange(tokens: VisualTokens, layout: Layout, memory: KVCache) -> tuple[Window, Tensor]:
-    """What the model reads of a chunk, and which of it is visual: bool [tokens]."""
+def _arrange(tokens: VisualTokens, layout: Layout, cache: KVCache) -> tuple[Window, Tensor]:
+    """What the model reads of a chunk or an image, and which of it is visual: bool [tokens]."""
     features, is_visual = tokens.features, layout.is_visual
+    placed = partial(Window, cache=cache, positions=layout.positions, next_position=layout.next_position)
     if is_visual is None or layout.others is None:
-        window = Window(features, memory, positions=layout.positions, deep=tokens.deep)
-        return window, torch.ones(len(features), dtype=torch.bool, device=features.device)
+        every = torch.ones(len(features), dtype=torch.bool, device=features.device)
+        return placed(features, deep=tokens.deep), every
     embeddings = features.new_empty((len(is_visual), features.shape[1]))
     embeddings[is_visual], embeddings[~is_visual] = features, layout.others.to(features.dtype)
     deep = None
     if tokens.deep is not None:
         deep = features.new_zeros((len(tokens.deep), *embeddings.shape))
         deep[:, is_visual] = tokens.deep
-    return Window(embeddings, memory, positions=layout.positions, deep=deep), is_visual
+    return placed(embeddings, deep=deep), is_visual

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from compression.score import AttentionScorer
+from server.models import chatml
 from server.models.base import ModelSpec
 from server.models.checkpoint import end_ids, load_modules
 from server.models.compression_config import CompressionConfig, read_compression
@@ -20,21 +21,7 @@ from server.models.videoxl import VideoXL
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 """What precedes the video. What follows it is tokenised apart."""
 
-CHAT_TEMPLATE = (
-    "{%- set turn = namespace(open=true) -%}"  # the prefix has opened the user's
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{{- '<|im_end|>\n' if turn.open -}}"
-    "{{- '<|im_start|>assistant\n' + message['content'] + '<|im_end|>\n' -}}"
-    "{%- set turn.open = false -%}"
-    "{%- else -%}"
-    "{{- ('\n' if turn.open else '<|im_start|>user\n') + message['content'] -}}"
-    "{%- set turn.open = true -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{{- '<|im_end|>\n' if turn.open -}}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
-)
+CHAT_TEMPLATE = chatml.template(behind_media="\n")
 _TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +12,12 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from server.models import chatml
 from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
-from server.models.patches import FRAME_TOKENS, Patches, PatchTower
+from server.models.patches import AFTER, BEFORE, FRAME_TOKENS, Grid, Patches, PatchTower, Words
 from server.models.transformers_decoder import read_rope
 from server.models.transformers_folder import TransformersFolder
 
-_PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-_TEMPLATE = chatml.template("<|vision_end|>")
+_PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+_TEMPLATE = chatml.template()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Qwen25Settings:
 class Qwen25Tower(PatchTower):
     """Two frames at a time, and the places of what it sees."""
 
-    def __init__(self, visual: Any, settings: Qwen25Settings) -> None:
-        super().__init__(visual, settings.patches)
+    def __init__(self, visual: Any, settings: Qwen25Settings, image_patches: Patches, words: Words) -> None:
+        super().__init__(visual, settings.patches, image_patches, words)
         self._settings = settings
 
     @property
@@ -49,19 +49,20 @@ class Qwen25Tower(PatchTower):
         """See :meth:`VisionTower.num_positions`."""
         depth = self.patches.temporal_patch_size
         last_s = (num_frames - 1) // depth * depth / fps
-        return max(*self.patches.size(width, height), int(last_s * self.settings.tokens_per_second + 1e-4) + 1)
+        size = max(*self.patches.size(width, height), int(last_s * self.settings.tokens_per_second + 1e-4) + 1)
+        return size + len(self.words.ids(BEFORE + AFTER))
 
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """See :meth:`VisionTower.lay_out`."""
-        settings, device = self.settings, tokens.features.device
+        settings = self.settings
         # The model's own rule multiplies the index of a step by a step's length; a hair keeps whole numbers whole.
         steps = torch.from_numpy(np.floor(tokens.times_s[:, 0] * settings.tokens_per_second + 1e-4)).long()
-        rows, columns = torch.arange(tokens.rows), torch.arange(tokens.columns)
-        positions = torch.stack(torch.meshgrid(steps, rows, columns, indexing="ij")).flatten(1)
-        size = max(tokens.rows, tokens.columns)
+        grid = Grid.of(tokens, steps)
         if settings.text_behind == "video":
-            size = max(size, int(steps[-1]) + 1)
-        return Layout((positions + start).to(device), start + size)
+            grid = replace(grid, size=max(grid.size, int(steps[-1]) + 1))
+        first = next_position == start
+        begin = start if first else start + len(self.words.ids(BEFORE))  # all chunks count from there
+        return self.compose([BEFORE] * first + [grid] + [AFTER] * last, begin)
 
 
 def load(
@@ -79,6 +80,8 @@ def load(
     vision = content.model.config.vision_config
     mean, std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
     patches = Patches.read(folder, vision, mean, std, frame_tokens, content.hints.frame_size)
-    tower = Qwen25Tower(content.model.model.visual, Qwen25Settings(patches, vision.tokens_per_second, text_behind))
+    settings, inner = Qwen25Settings(patches, vision.tokens_per_second, text_behind), content.model.model
+    words = Words(content.tokenizer, inner.language_model.embed_tokens)
+    tower = Qwen25Tower(inner.visual, settings, patches.for_images(folder), words)
     rope = read_rope(content.model.config.get_text_config(), (16, 24, 24), "sectioned")
     return content.assemble(name, tower, rope, compression, prefix=_PREFIX, template=_TEMPLATE)

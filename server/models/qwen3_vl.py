@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 from server.models import chatml
 from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
-from server.models.patches import FRAME_TOKENS, Patches, PatchTower
+from server.models.patches import FRAME_TOKENS, Grid, Patches, PatchTower, Words
 from server.models.transformers_decoder import read_rope
 from server.models.transformers_folder import TransformersFolder
 
@@ -33,13 +31,9 @@ class Qwen3Settings:
 class Qwen3Tower(PatchTower):
     """Two frames at a time, the text around them, and the places of all that."""
 
-    def __init__(
-        self, visual: Any, settings: Qwen3Settings, tokenizer: PreTrainedTokenizerFast, embed_tokens: nn.Embedding
-    ) -> None:
-        super().__init__(visual, settings.patches)
+    def __init__(self, visual: Any, settings: Qwen3Settings, image_patches: Patches, words: Words) -> None:
+        super().__init__(visual, settings.patches, image_patches, words)
         self._settings = settings
-        self._tokenizer = tokenizer
-        self._embed = embed_tokens.forward  # the method alone: the module is the decoder's
 
     @property
     def settings(self) -> Qwen3Settings:
@@ -49,40 +43,13 @@ class Qwen3Tower(PatchTower):
         """See :meth:`VisionTower.num_positions`; every time is counted as long as the last."""
         text = self.settings.before.format(num_frames / fps) + self.settings.after
         num_steps = -(-num_frames // self.patches.temporal_patch_size)
-        return num_steps * (len(self._ids(text)) + max(self.patches.size(width, height)))
+        return num_steps * (len(self.words.ids(text)) + max(self.patches.size(width, height)))
 
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """See :meth:`VisionTower.lay_out`: a frame begins where the text before it ends, in time as well."""
-        rows, columns = torch.arange(tokens.rows), torch.arange(tokens.columns)
-        frame = torch.stack(torch.meshgrid(torch.zeros(1).long(), rows, columns, indexing="ij")).flatten(1)
-        after = self._ids(self.settings.after)
-        places: list[Tensor] = []
-        is_visual: list[bool] = []
-        ids: list[int] = []
-        for time_s in tokens.times_s.mean(1):
-            before = self._ids(self.settings.before.format(time_s))
-            seen = next_position + len(before)
-            behind = seen + max(tokens.rows, tokens.columns)
-            places += [_text(next_position, len(before)), frame + seen, _text(behind, len(after))]
-            is_visual += [False] * len(before) + [True] * frame.shape[1] + [False] * len(after)
-            ids += before + after
-            next_position = behind + len(after)
-        device = tokens.features.device
-        return Layout(
-            torch.cat(places, dim=1).to(device),
-            next_position,
-            torch.tensor(is_visual, device=device),
-            self._embed(torch.tensor(ids, device=device)),
-        )
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-
-def _text(start: int, size: int) -> Tensor:
-    """The positions [3, size] of text, alike on every axis."""
-    return torch.arange(start, start + size).expand(3, size)
+        settings, frame = self.settings, Grid.of(tokens, torch.zeros(1).long())
+        steps = ((settings.before.format(time_s), frame, settings.after) for time_s in tokens.times_s.mean(1))
+        return self.compose([part for step in steps for part in step], next_position)
 
 
 def load(
@@ -99,7 +66,7 @@ def load(
     inner, config = content.model.model, content.model.config
     mean, std = tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD)
     patches = Patches.read(folder, config.vision_config, mean, std, frame_tokens, content.hints.frame_size)
-    embed_tokens = inner.language_model.embed_tokens
-    tower = Qwen3Tower(inner.visual, Qwen3Settings(patches), content.tokenizer, embed_tokens)
+    words = Words(content.tokenizer, inner.language_model.embed_tokens)
+    tower = Qwen3Tower(inner.visual, Qwen3Settings(patches), patches.for_images(folder), words)
     rope = read_rope(config.get_text_config(), (24, 20, 20), "interleaved")
     return content.assemble(name, tower, rope, compression, prefix=_PREFIX, template=_TEMPLATE)

@@ -15,11 +15,11 @@ from compression.cache import KVCache
 from compression.interleave import interleave
 from compression.kv import ChunkKV, Level
 from compression.score import Scorer
-from server.models.base import ModelSpec, PositionLimitError, Row
+from server.models.base import ModelSpec, PositionLimitError
 from server.models.compression_config import CompressionConfig
 from server.models.decoder import Decoder, Window
 from server.models.decoder_model import DecoderModel, PromptConfig, stack
-from server.models.memory import Recent
+from server.models.memory import Memory, longest_videos
 from server.models.positions import longest_video
 from server.video.frames import Frames
 
@@ -73,17 +73,15 @@ class VideoXL(DecoderModel):
         return self._modes
 
     def _longest_videos(self) -> tuple[tuple[str, int], ...]:
-        modes: list[tuple[str, int]] = []
-        for mode in dict.fromkeys((self.prefill_mode, "high-memory")):
+        def longest(mode: str) -> int:
             compression = replace(self.compression, prefill_mode=mode)
-            longest = longest_video(self.spec, compression, len(self.prompt.prefix_ids))
-            if not modes or longest > modes[-1][1]:
-                modes.append((mode, longest))
-        return tuple(modes)
+            return longest_video(self.spec, compression, len(self.prompt.prefix_ids))
 
-    def num_image_tokens(self, pixels: Tensor) -> int:
+        return longest_videos(self.prefill_mode, longest)
+
+    def num_image_tokens(self, image: Tensor) -> int:
         """All visual tokens, and a VST behind every ``low_ratio`` of them."""
-        num_visual = super().num_image_tokens(pixels)
+        num_visual = super().num_image_tokens(image)
         return num_visual if self.compression.low_ratio == 1 else len(self._image_vsts(num_visual))
 
     def place_vsts(self, features: Tensor, is_vst: Tensor) -> Tensor:
@@ -93,19 +91,13 @@ class VideoXL(DecoderModel):
         window[is_vst] = self.decoder.beacon_embed_tokens.weight[0]
         return window
 
-    def _window(self, row: Row) -> Window:
-        embeddings: Tensor = self.decoder.embed_tokens(row.ids)
-        if row.image is None:
-            return Window(embeddings, row.cache)
+    def _image_window(self, image: Tensor, cache: KVCache) -> Window:
         if self.compression.low_ratio == 1:
-            return Window(torch.cat([row.image, embeddings]), row.cache)
+            return Window(image, cache)
         # Nothing of an image is compressed away. VSTs stand among its visual tokens all the same: a model that has
         # only ever answered from VSTs cannot read plain ones (the bundled one does not even notice them).
-        is_vst = self._image_vsts(len(row.image)).to(row.image.device)
-        image = self.place_vsts(row.image, is_vst)
-        return Window(
-            torch.cat([image, embeddings]), row.cache, torch.nn.functional.pad(is_vst, (0, len(row.ids)), value=False)
-        )
+        is_vst = self._image_vsts(len(image)).to(image.device)
+        return Window(self.place_vsts(image, is_vst), cache, is_vst)
 
     def _image_vsts(self, num_visual: int) -> Tensor:
         return interleave(num_visual, self.compression.low_ratio, 0, close=True)[0]
@@ -119,17 +111,17 @@ class VideoXL(DecoderModel):
 class VideoXLPrefill:
     """Both passes over one video: the L pass sees L memory, the H pass H memory (Video-X2L, section 3).
 
-    In other prefill modes than ``exact`` the L pass sees H-KVs of the chunks further back.
+    In other prefill modes than ``exact`` the L pass sees H-KVs of the chunks further back; where these are forgotten,
+    in both passes.
     """
 
     def __init__(self, model: VideoXL, mode: str) -> None:
         self._model = model
         self._compression = replace(model.compression, prefill_mode=mode)
         prefix = model.prefix()
-        memory = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
-        memory.append(prefix)
-        self._low = self._high = _Pass(memory)
-        self._recent = Recent(self._compression.low_memory)
+        cache = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
+        cache.append(prefix)
+        self._low = self._high = _Pass(Memory(cache, self._compression.past))
         self._num_chunks = 0
 
     @torch.inference_mode()
@@ -156,15 +148,14 @@ class VideoXLPrefill:
         # As long as both passes have had the same ratios their memories are one: the first chunk under the edge
         # rule, or the whole video where both levels are set alike.
         if self._high is self._low and low_ratio != high_ratio:
-            self._high = _Pass(self._low.memory.copy(), self._low.carry)
+            memory = self._low.memory.fork(self._compression.past.in_high_pass)
+            self._high = _Pass(memory, self._low.carry)
         self._num_chunks += 1
 
     def _remember(self, low: ChunkKV, high: ChunkKV) -> None:
-        if self._high is self._low:
-            self._low.memory.append(low)
-            return
-        self._high.memory.append(high)
-        self._recent.append_to(self._low.memory, low, high)
+        self._low.memory.append(low, high)
+        if self._high is not self._low:
+            self._high.memory.append(low, high)
 
     def _place_vsts(self, state: _Pass, num_visual_tokens: int, ratio: int) -> Tensor | None:
         """Where the VSTs stand in the next window; None where every token stays."""
@@ -180,11 +171,11 @@ class VideoXLPrefill:
         if is_vst is not None:
             is_vst = is_vst.to(features.device)
             window = model.place_vsts(features, is_vst)
-        if state.memory.length + len(window) > model.spec.max_positions:
+        if state.memory.cache.length + len(window) > model.spec.max_positions:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
-        _, projected = model.decoder([Window(window, state.memory, is_vst)])
+        _, projected = model.decoder([Window(window, state.memory.cache, is_vst)])
         return stack(projected, is_vst, level, ratio)
 
 
@@ -192,5 +183,5 @@ class VideoXLPrefill:
 class _Pass:
     """One pass: what later chunks see, and the visual tokens not yet counted towards a VST."""
 
-    memory: KVCache
+    memory: Memory
     carry: int = 0

@@ -96,8 +96,13 @@ def test_chunks_that_bring_their_positions_stay_where_they_were() -> None:
     text = rope.rotate(kv(2, seed=3).keys, *rope.tables(torch.tensor([190, 191]), torch.float32))
     assert torch.equal(cache.keys[:, :, 12:], text)
     assert cache.next_position == 192
-    cache.length = cache.num_mixed  # as after a question was read for its scores
-    assert cache.next_position == cache.copy().next_position == 190
+    cache.advance(0, 250)  # as an image does, whose positions are not as many as its tokens
+    cache.append(kv(1, seed=4))
+    assert (cache.length, cache.next_position) == (15, 251)
+    cache.rewind(14, 192)
+    assert (cache.length, cache.next_position) == (14, 192)
+    cache.forget_conversation()
+    assert (cache.length, cache.next_position, cache.copy().next_position) == (12, 190, 190)
 
 
 def test_some_tokens_of_a_chunk_and_two_chunks_as_one() -> None:

@@ -101,11 +101,11 @@ def test_a_longer_video_takes_the_next_cheaper_mode(
 ) -> None:
     file = upload(stock, long)
     video = file["video"]
-    assert (video["num_chunks"], video["prefill_mode"]) == (50, "high-memory")
+    assert (video["num_chunks"], video["prefill_mode"]) == (50, "recent-2")
     assert video["tokens"]["low"] == 400  # more than there are positions for at once
     assert upload(stock, short)["video"]["prefill_mode"] == "exact"
     manifest = served.backend.engine.library.video(file["id"], "").manifest
-    assert manifest is not None and manifest.prefill_mode == "high-memory"
+    assert manifest is not None and manifest.prefill_mode == "recent-2"
     assert answer(stock, file["id"])["x2l"]["evidence"]
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         answer(stock, file["id"], mode="low")
@@ -178,7 +178,9 @@ def test_serve_tells_what_it_will_do(folder: Path) -> None:
     assert lines["model"] == f"tiny-xl, {num_parameters / 1e6:.1f} M parameters"
     assert lines["device"] == "cpu, float32"
     assert lines["chunk"] == "4 frames of 4 tokens, 4 s at 1 fps"
-    assert re.fullmatch(r"exact up to 0:0\d:\d\d, high-memory up to 0:\d\d:\d\d", lines["prefill"])
+    assert re.fullmatch(
+        r"exact up to 0:0\d:\d\d(, (recent-2|high-memory|bounded-8) up to 0:\d\d:\d\d){3}", lines["prefill"]
+    )
     assert lines["ratios"] == "2 (detailed) and 32 (small), re-load 3 chunks"
     # 2 layers, 2 heads of 8, keys and values: 64 numbers of 4 bytes; 14,400 visual tokens an hour.
     assert lines["KV"] == "0.25 KiB a token"

@@ -65,6 +65,10 @@ def test_upload_ask_list_and_remove(live: Live, video: Path) -> None:
     assert whole["x2l"]["kv_tokens"]["mixed"] == whole["x2l"]["kv_tokens"]["low"]
     chosen = json.loads(run("ask", file_id, question, "--chunks", "1,0", "--max-tokens", "1", "--json").stdout)
     assert {item["chunk"] for item in chosen["x2l"]["evidence"]} == {0, 1}
+    other_id = run("upload", str(video), "--max-frames", "64").stdout.strip()
+    both = run("ask", file_id, other_id, question, "--reload", "5", "--max-tokens", "5")
+    assert both.returncode == 0 and {file_id, other_id} <= set(both.stderr.split()), both.stderr
+    assert run("rm", other_id).returncode == 0
     refused = run("ask", file_id, question, "--chunks", "77")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "out of range" in refused.stderr and refused.stderr.count("\n") == 1

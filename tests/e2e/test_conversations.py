@@ -222,6 +222,16 @@ def test_bad_images_name_their_part(live: Live, file_id: str, url: str, status: 
     assert code in (None, found[2])
 
 
+def test_a_bad_video_among_good_ones_leaves_no_file(live: Live, clips: Clips) -> None:
+    good = clips("mp4", width=64, height=48, duration_s=3.0, fps=3.0).path.read_bytes()
+    listed = httpx.get(f"{live.url}/v1/files").json()["data"]
+    for bad in (data_url(b"no video at all", "video/mp4"), "data:video/mp4;base64,@@@", "file:///etc/passwd"):
+        urls = [data_url(good, "video/mp4"), bad]
+        status, param, _ = refused(live, *({"type": "video_url", "video_url": {"url": url}} for url in urls))
+        assert (status, param) == (400, "messages[0].content[1].video_url.url")
+        assert httpx.get(f"{live.url}/v1/files").json()["data"] == listed
+
+
 def test_limits_and_local_files(serve: Serve, tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "in.png")
     (tmp_path / "way out.png").symlink_to("/etc/hostname")

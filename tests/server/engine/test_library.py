@@ -246,13 +246,13 @@ def test_a_video_takes_the_first_mode_that_has_room(
 ) -> None:
     driver = drive(model=fresh_model(max_position_embeddings=200))
     short, long = driver.upload(four_chunks), driver.upload(long_clip)
-    assert (short.video.prefill_mode, long.video.prefill_mode) == ("exact", "high-memory")
+    assert (short.video.prefill_mode, long.video.prefill_mode) == ("exact", "recent-2")
     assert driver.ask(long).error is None
     # The same KVs as where that mode was asked for, under another key: no store mixes what two settings make.
-    other = drive(model=fresh_model(max_position_embeddings=200, prefill_mode="high-memory"))
+    other = drive(model=fresh_model(max_position_embeddings=200, prefill_mode="recent-2"))
     asked = other.upload(long_clip)
     videos = [driver.engine.library.video(long.id, ""), other.engine.library.video(asked.id, "")]
-    assert [video.manifest.prefill_mode for video in videos] == ["high-memory", "high-memory"]
+    assert [video.manifest.prefill_mode for video in videos] == ["recent-2", "recent-2"]
     assert videos[0].key != videos[1].key
     ours, theirs = (
         {key.removeprefix(video.key.root): bytes(store.get(key)) for key in store.keys(video.key.root)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_transformers import SAVE
+from tiny_transformers import SAVE, image
 
 from compression.kv import ChunkKV
 from compression.mixed import MixedCache
@@ -49,10 +51,13 @@ def chunks_by_hand(model: OnePassModel, path: Path, level: int) -> list[ChunkKV]
     return chunks
 
 
-def answer_by_hand(model: OnePassModel, chunks: list[ChunkKV]) -> tuple[str, int]:
-    """The answer over these KVs; KV tokens."""
+def answer_by_hand(model: OnePassModel, chunks: list[ChunkKV], images: Sequence[Any] = ()) -> tuple[str, int]:
+    """The answer over these KVs and what is seen behind them; KV tokens."""
     cache = MixedCache(model.prefix(), chunks, model.rope, room=200)
-    ids, detokenizer, text = torch.tensor(model.tokenize([Turn("user", QUESTION)])), Detokenizer(model.tokenizer), ""
+    for each in images:
+        model.forward([Row(torch.empty(0, dtype=torch.int64), cache, model.encode_image(each))])
+    behind = model.tokenize([Turn("user", QUESTION)], behind_media=bool(chunks or images))
+    ids, detokenizer, text = torch.tensor(behind), Detokenizer(model.tokenizer), ""
     for _ in range(12):
         ids = model.forward([Row(ids, cache)])[0].argmax(-1, keepdim=True)
         text += detokenizer.push(int(ids))
@@ -83,6 +88,23 @@ def test_questions_about_a_file(drive, untrained, four_chunks):
     again = drive(store, model=untrained)
     assert again.ask(record, QUESTION).text == mixed.text
     assert again.num_prefilled == 0, "another engine answers from the store"
+
+
+def test_images_behind_a_video_and_without_one(drive, untrained, four_chunks):
+    """Also with no chunk in detail, where the cache that was scored over goes on as the answer's."""
+    driver = drive(MemoryStore(), model=untrained, prompt_step=16)
+    record = driver.upload(four_chunks)
+    images = [untrained.preprocess_image(image(seed, 60, 44), alone=False) for seed in (1, 2)]
+    for mode, level in (("low", 0), ("high", 1)):
+        answer = driver.ask(record, QUESTION, dial=Dial(mode=mode), images=images)
+        expected = answer_by_hand(untrained, chunks_by_hand(untrained, four_chunks.path, level), images)
+        assert (answer.text, answer.outcome.mixed_tokens) == expected
+    num_images = sum(untrained.num_image_tokens(each) for each in images)
+    num_text = len(untrained.tokenize([Turn("user", QUESTION)]))
+    assert answer.outcome.prompt_tokens == answer.outcome.mixed_tokens + num_images + num_text
+    for shown in (images[:1], []):
+        answer = driver.ask(None, QUESTION, images=shown)
+        assert (answer.text, answer.outcome.mixed_tokens) == answer_by_hand(untrained, [], shown)
 
 
 def test_a_second_video_goes_on_where_the_first_ends(drive, untrained, four_chunks, two_chunks):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_transformers import noise, save_qwen2_5_vl
 
 from compression.score import AttentionScorer
@@ -33,6 +34,14 @@ def test_they_count_where_the_command_line_says_nothing(tmp_path: Path) -> None:
     for width, height in ((320, 240), (640, 360), (90, 200)):
         assert model.num_visual_tokens(4, width, height) == 2 * 6
         assert model.preprocess(noise(4, width, height)).shape == (4, 3, 16, 24)
+
+
+def test_an_image_is_not_squeezed_into_the_size_of_a_frame(tmp_path: Path) -> None:
+    resized, usual = (
+        load_model(write(tmp_path / name, **hints), device="cpu").preprocess_image(noise(1, 90, 200), alone=True)
+        for name, hints in (("resized", {"frame_size": [24, 16]}), ("usual", {}))
+    )
+    assert torch.equal(resized, usual) and usual.shape[2] > 2 * usual.shape[3]
 
 
 def test_a_frame_of_parts_of_tokens_is_refused(tmp_path: Path) -> None:

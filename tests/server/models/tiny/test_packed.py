@@ -80,7 +80,7 @@ def test_mixed_ratios_and_blind_rows() -> None:
     kept = []
     for chunk, ratio in zip(visual.split(16), (2, 1, 8), strict=True):
         kept.append(prefill._compress(prefill._low, chunk, ratio, "low"))
-        prefill._low.memory.append(kept[-1])
+        prefill._low.memory.cache.append(kept[-1])
     for row in range(2):
         alone = net.forward([Row(rows[row], MixedCache(net.prefix(), kept, net.rope, room=5))])[0]
         torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-4)
