@@ -31,6 +31,13 @@ class KVCache:
         """KV tokens held."""
         self.offset = 0
         """How far the positions are ahead of the tokens held; other than 0 only where some brought their positions."""
+        self.num_shared = 0
+        """Of the tokens held, those before the ones in ``keys`` and ``values``, in somebody else's memory."""
+
+    @property
+    def num_own(self) -> int:
+        """KV tokens held in ``keys`` and ``values``."""
+        return self.length - self.num_shared
 
     @property
     def capacity(self) -> int:
@@ -52,7 +59,7 @@ class KVCache:
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for ``num_tokens`` more, doubling the buffers where they are too small."""
-        needed = self.length + num_tokens
+        needed = self.num_own + num_tokens
         if needed > self.capacity:
             grow = (0, 0, 0, max(needed, 2 * self.capacity) - self.capacity)
             self.keys = torch.nn.functional.pad(self.keys, grow)
@@ -101,12 +108,13 @@ class KVCache:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts one layer's ``[kv_heads, n, head_dim]`` (keys rotated) behind the cache, in room reserved before.
 
-        Returns that layer's keys and values up to and including them, as views. What was written counts only after
-        :meth:`advance`; without it the next write goes over it.
+        Returns that layer's keys and values up to and including them, as views (without shared ones). What was written
+        counts only after :meth:`advance`; without it the next write goes over it.
         """
-        stop = self.length + keys.shape[1]
-        self.keys[layer, :, self.length : stop] = keys
-        self.values[layer, :, self.length : stop] = values
+        start = self.num_own
+        stop = start + keys.shape[1]
+        self.keys[layer, :, start:stop] = keys
+        self.values[layer, :, start:stop] = values
         return self.keys[layer, :, :stop], self.values[layer, :, :stop]
 
     def advance(self, num_tokens: int, next_position: int | None = None) -> None:

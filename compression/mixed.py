@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
+
+from torch import Tensor
 
 from compression.cache import KVCache
 from compression.kv import ChunkKV
 from compression.rope import Rope
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """A run of KV tokens ``[layers, kv_heads, tokens, head_dim]`` that stand ``offset`` positions further on than where
+    their keys were rotated to."""
+
+    keys: Tensor
+    values: Tensor
+    offset: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.keys.shape[2])
 
 
 class MixedCache(KVCache):
@@ -23,7 +40,11 @@ class MixedCache(KVCache):
         super().__init__(prefix, rope, capacity=sum(part.num_tokens for part in parts) + room)
         self.append(*parts)
         ends = list(accumulate(part.num_tokens for part in parts))
-        self.spans: tuple[tuple[int, int], ...] = tuple(pairwise(ends))
+        self._end_videos(pairwise(ends))
+
+    def _end_videos(self, spans: Iterable[tuple[int, int]]) -> None:
+        """The conversation begins here."""
+        self.spans: tuple[tuple[int, int], ...] = tuple(spans)
         """Token range of every chunk: ``(start, stop)``."""
         self.num_mixed = self.length
         """KV tokens of prefix and video, without the conversation."""
@@ -32,3 +53,8 @@ class MixedCache(KVCache):
     def forget_conversation(self) -> None:
         """Goes back to where nothing had been read behind the video."""
         self.rewind(self.num_mixed, self._behind_video)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Prefix and video, in order."""
+        return (Segment(self.keys[:, :, : self.num_mixed], self.values[:, :, : self.num_mixed]),)

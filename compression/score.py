@@ -35,8 +35,13 @@ class Scorer(Protocol):
     def num_layers(self) -> int | None:
         """Layers whose queries are needed (the forward pass stops behind them); None means all."""
 
+    @property
+    def reads_chunks(self) -> bool:
+        """Whether it looks at ``high``; the cache is enough for the others."""
+
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
-        """``cache`` is prefix and all H-KVs, ``high`` the same H-KVs before RoPE -> float32 [chunks]."""
+        """``cache`` is prefix and all H-KVs, ``high`` the same H-KVs before RoPE (unless :attr:`reads_chunks` is False,
+        none at all) -> float32 [chunks]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +62,23 @@ class AttentionScorer:
     def num_layers(self) -> int | None:
         return None if self.heads is None else 1 + max(layer for layer, _ in self.heads)
 
+    @property
+    def reads_chunks(self) -> bool:
+        return False
+
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
         layers, heads, tokens, head_dim = trace.queries.shape
         asking = trace.queries[:, :, -trace.num_asking :]
         positions = trace.start + torch.arange(tokens - trace.num_asking, tokens, device=asking.device)
-        asking = rope.rotate(asking, *rope.tables(positions, asking.dtype))
-        keys = cache.keys[:layers, :, : cache.num_mixed]
-        # Query heads that share keys are taken together: keys repeated for each would be gigabytes in a large model.
-        grouped = asking.reshape(layers, keys.shape[1], -1, head_dim)
-        logits = (grouped @ keys.transpose(-1, -2)).reshape(layers, heads, trace.num_asking, -1)
+        by_segment = []
+        for segment in cache.segments:
+            rotated = rope.rotate(asking, *rope.tables(positions - segment.offset, asking.dtype))
+            keys = segment.keys[:layers]
+            # Query heads that share keys are taken together: keys repeated for each would be gigabytes in a large
+            # model.
+            grouped = rotated.reshape(layers, keys.shape[1], -1, head_dim)
+            by_segment.append((grouped @ keys.transpose(-1, -2)).reshape(layers, heads, trace.num_asking, -1))
+        logits = torch.cat(by_segment, dim=-1)
         mass = _sum_spans((logits.float() / head_dim**0.5).softmax(-1), cache.spans)  # [layers, heads, asking, chunks]
         if self.per_token:
             sizes = [max(stop - start, 1) for start, stop in cache.spans]
@@ -88,6 +101,10 @@ class CosineScorer:
     @property
     def num_layers(self) -> int | None:
         return None
+
+    @property
+    def reads_chunks(self) -> bool:
+        return True
 
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
         query = trace.queries[1:].mean(2).float()

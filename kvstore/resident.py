@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
 from compression.kv import ChunkKV
+from compression.segments import RotatedKV
 from kvstore.errors import PoolError, PoolFull, VideoTooLarge
 from kvstore.key import KVKey
 
@@ -31,9 +32,13 @@ class HighKV:
         return HighKV(self.prefix.to(device), tuple(chunk.to(device) for chunk in self.chunks))
 
 
+Kept = HighKV | RotatedKV
+"""A video's H-KVs as they are put into every cache by a copy, or as all caches see them."""
+
+
 @dataclass(slots=True, eq=False)
 class _Resident:
-    kv: HighKV
+    kv: Kept
     nbytes: int
     num_leases: int = 0
 
@@ -46,7 +51,7 @@ class Lease:
         self._resident: _Resident | None = resident
 
     @property
-    def kv(self) -> HighKV:
+    def kv(self) -> Kept:
         """Raises PoolError once released."""
         if self._resident is None:
             raise PoolError("the lease has ended")
@@ -69,7 +74,9 @@ class Lease:
 class ResidentPool:
     """H-KVs by key, at most ``budget_nbytes`` of them (None: no bound), for any number of threads at once."""
 
-    def __init__(self, budget_nbytes: int | None = None) -> None:
+    def __init__(self, budget_nbytes: int | None = None, keep: Callable[[HighKV], Kept] = lambda kv: kv) -> None:
+        """``keep`` makes of a video what stays of it, which must not be larger."""
+        self._keep = keep
         self._budget_nbytes = budget_nbytes
         self._lock = threading.Lock()
         self._videos: OrderedDict[KVKey, _Resident] = OrderedDict()  # least recently used first
@@ -144,10 +151,11 @@ class ResidentPool:
                 raise PoolError("a video was released more often than leased")
 
     def _lease_all(self, keys: Sequence[KVKey], loaded: Mapping[KVKey, HighKV]) -> list[Lease]:
-        new = {key: _Resident(kv, kv.nbytes) for key, kv in loaded.items() if key not in self._videos}
-        self._make_room(sum(resident.nbytes for resident in new.values()), set(keys))
-        for key, resident in new.items():
-            self._videos[key] = resident
+        new = {key: kv for key, kv in loaded.items() if key not in self._videos}
+        self._make_room(sum(kv.nbytes for kv in new.values()), set(keys))
+        for key, high in new.items():
+            kept = self._keep(high)
+            self._videos[key] = resident = _Resident(kept, kept.nbytes)
             self._nbytes += resident.nbytes
         return [self._lease(key, self._videos[key]) for key in keys]
 

@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     store_quota_bytes: ByteSize = Field(ByteSize(20 * 10**9), ge=0, description="Least recently used videos go above.")
     keep_video: bool = Field(True, description="Keep the uploaded files' bytes in the store.")
     gpu_kv_budget: ByteSize = Field(ByteSize(2 * 2**30), ge=1, description="Room for KVs on the device.")
+    gpu_low_kv_budget: ByteSize = Field(
+        ByteSize(2 * 2**30), ge=0, description="Room on a GPU for the detailed KVs that were re-loaded last."
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")

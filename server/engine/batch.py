@@ -1,25 +1,51 @@
-"""One forward pass for many questions."""
+"""The next tokens of many questions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from server.engine.question import Question
+from server.engine.question import Phase, Question
 from server.engine.sampler import sample
-from server.models.base import VideoModel
+from server.models.base import StepDecoder, VideoModel
 
 
-def draw(model: VideoModel, questions: Sequence[Question]) -> list[int | Exception]:
-    """The next token of every question, drawn in one pass. If that fails they are tried one by one, and in the place
-    of the guilty one's token stands its error."""
-    rows = [question.row() for question in questions]
-    ends = [(row.cache.length, row.cache.next_position) for row in rows]
+def draw(model: VideoModel, decoder: StepDecoder | None, questions: Sequence[Question]) -> list[int | Exception]:
+    """The next token of every question, drawn in one pass, or two where there is a ``decoder``: it takes those that
+    decode. If a pass fails its questions are tried one by one, and in the place of the guilty one's token stands its
+    error."""
+    decoding = [q for q in questions if q.phase is Phase.DECODE] if decoder is not None else []
+    others = [question for question in questions if question not in decoding]
+    drawn: dict[str, int | Exception] = {}
+    if decoder is not None and decoding:
+        drawn |= _attempt(decoding, lambda some: _step(decoder, some))
+    if others:
+        drawn |= _attempt(others, lambda some: _forward(model, some))
+    return [drawn[question.id] for question in questions]
+
+
+def _forward(model: VideoModel, questions: Sequence[Question]) -> list[int]:
+    return sample(model.forward([question.row() for question in questions]), [q.sampler for q in questions])
+
+
+def _step(decoder: StepDecoder, questions: Sequence[Question]) -> list[int]:
+    tokens, logits = decoder.step([question.step() for question in questions])
+    for place, question in enumerate(questions):
+        if question.sampler.on_device is None:
+            tokens[place] = question.sampler.draw(logits[place].cpu())
+    return tokens
+
+
+def _attempt(
+    questions: Sequence[Question], pass_over: Callable[[Sequence[Question]], list[int]]
+) -> dict[str, int | Exception]:
+    caches = [question.cache for question in questions if question.cache is not None]
+    ends = [(cache.length, cache.next_position) for cache in caches]
     try:
-        return list(sample(model.forward(rows), [question.sampler for question in questions]))
+        return dict(zip((question.id for question in questions), pass_over(questions), strict=True))
     except Exception as error:
         if len(questions) == 1:
-            return [error]
-        for row, end in zip(rows, ends, strict=True):
-            row.cache.rewind(*end)
+            return {questions[0].id: error}
+        for cache, end in zip(caches, ends, strict=True):
+            cache.rewind(*end)
     # Not in the handler, where the error still holds what the failed pass had allocated.
-    return [outcome for question in questions for outcome in draw(model, [question])]
+    return {name: token for question in questions for name, token in _attempt([question], pass_over).items()}

@@ -21,6 +21,7 @@ from kvstore.key import KVKey
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
 from server.engine.batch import draw
+from server.engine.caches import Caches, Copies, Shares
 from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, reply_to
 from server.engine.ingest import Ingest
 from server.engine.library import Library
@@ -51,7 +52,11 @@ class Engine:
         self._options = options = options or EngineOptions()
         self._model = model
         self._videos = VideoStore(store, options.low_precision)
-        self._pool = ResidentPool(options.resident_nbytes)
+        share = model.device.type == "cuda" if options.share_kvs is None else options.share_kvs
+        share = share and not model.scorer.reads_chunks  # which the shared ones are not
+        self._caches: Caches = Shares(model, options.shared_low_nbytes) if share else Copies(model)
+        self._decoder = model.step_decoder(options.max_batch)
+        self._pool = ResidentPool(options.resident_nbytes, self._caches.resident)
         self._writers = ThreadPoolExecutor(options.writer_threads, "x2l-write")
         self._scheduler = Scheduler(max_batch=options.max_batch, prefill_share=options.prefill_share)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -90,6 +95,7 @@ class Engine:
             running=lambda: self._scheduler.num_running,
             resident_nbytes=lambda: self._pool.nbytes,
             resident_videos=lambda: len(self._pool),
+            shared_low_nbytes=lambda: self._caches.nbytes,
             device=model.device,
         )
 
@@ -138,7 +144,7 @@ class Engine:
         they can be known now), StoreError and ShuttingDown; then ``on_delta`` is never called.
         """
         options = self._options
-        question = Question(request, on_delta, self._model, options)
+        question = Question(request, on_delta, self._model, self._caches, options)
         for file_id in request.file_ids:
             video = self.library.video(file_id, request.tenant)
             if video is None:
@@ -241,9 +247,11 @@ class Engine:
             self._emit(question, question.finish("stop"))
         elif question.cache is not None:
             question.phase = Phase.PREFILL
+        elif not (wanted := question.wanted()):
+            question.reload({})
+            question.phase = Phase.PREFILL
         else:
             question.phase = Phase.RELOADING
-            wanted = question.wanted()
             self._reads.submit(
                 partial(self._videos.read_low_of, [(video.key, index) for _, video, index in wanted]),
                 lambda future: self._attempt(question, partial(self._reloaded, wanted, future)),
@@ -281,7 +289,7 @@ class Engine:
 
     def _forward(self, questions: list[Question]) -> None:
         self.metrics.batch.observe(len(questions))
-        for question, outcome in zip(questions, draw(self._model, questions), strict=True):
+        for question, outcome in zip(questions, draw(self._model, self._decoder, questions), strict=True):
             if isinstance(outcome, Exception):
                 self._fail(question, reply_to(outcome))
             else:

@@ -27,6 +27,7 @@ class EngineMetrics:
         running: Callable[[], int],
         resident_nbytes: Callable[[], int],
         resident_videos: Callable[[], int],
+        shared_low_nbytes: Callable[[], int],
         device: torch.device,
     ) -> None:
         """Takes functions that tell the gauges' values when they are asked for; from any thread."""
@@ -48,6 +49,7 @@ class EngineMetrics:
             ("x2l_requests_waiting", "Requests that wait for a slot or a video", lambda: in_flight() - running()),
             ("x2l_resident_bytes", "Bytes of H-KVs on the device", resident_nbytes),
             ("x2l_resident_videos", "Videos whose H-KVs are on the device", resident_videos),
+            ("x2l_shared_low_bytes", "Bytes of L-KVs that stay on the device for other questions", shared_low_nbytes),
             *_memory_of(device),
         ):
             Gauge(name, text, registry=registry).set_function(value)

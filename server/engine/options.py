@@ -19,6 +19,9 @@ class EngineOptions:
     while questions are running as well, and the rest to the questions. ``spool`` is the folder for temporary files,
     ``low_precision`` how L-KVs are stored.
 
+    With ``share_kvs`` the caches of all questions see the same KVs of a video instead of a copy each (None: where that
+    pays, on a GPU); then up to ``shared_low_nbytes`` of the L-KVs used last stay on the device.
+
     A prefill holds its video by a lease of ``lease_s``, which another replica takes over when it lapses. A question
     waits ``reload_timeout_s`` for its L-KVs before H-KVs stand in, and ``load_timeout_s`` for its H-KVs, or for a
     prefill that a store which is away holds up; the prefill itself waits ``store_patience_s`` for it.
@@ -36,6 +39,8 @@ class EngineOptions:
     store_quota_bytes: int | None = None
     spool: Path | None = None
     resident_nbytes: int | None = None
+    share_kvs: bool | None = None
+    shared_low_nbytes: int = 1 << 31
     limits: VideoLimits = field(default_factory=VideoLimits)
     inline_ttl_s: int = 86_400
     sweep_interval_s: float = 30.0

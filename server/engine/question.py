@@ -15,7 +15,8 @@ from compression.mixed import MixedCache
 from compression.select import CacheSizes, Selection, select
 from kvstore.key import KVKey
 from kvstore.manifest import Manifest
-from kvstore.resident import HighKV, Lease
+from kvstore.resident import Lease
+from server.engine.caches import Caches, LowKey, Placed
 from server.engine.detokenize import Detokenizer, StopStrings
 from server.engine.errors import ContextLengthExceeded
 from server.engine.options import EngineOptions
@@ -23,7 +24,7 @@ from server.engine.prompt import Prompt
 from server.engine.request import Delta, Evidence, FileChunks, FinishReason, Outcome, Request
 from server.engine.sampler import Sampler
 from server.engine.video import Video
-from server.models.base import Row, VideoModel
+from server.models.base import Row, Step, VideoModel
 
 
 class Phase(enum.Enum):
@@ -51,6 +52,7 @@ class Question:
         request: Request,
         on_delta: Callable[[Delta], None],
         model: VideoModel,
+        caches: Caches,
         options: EngineOptions,
     ) -> None:
         """Raises ContextLengthExceeded if the prompt alone is too long."""
@@ -67,6 +69,7 @@ class Question:
         self.selection = Selection(())
         self.sampler = Sampler(request.params)
         self._model = model
+        self._caches = caches
         self._options = options
         asked = request.params.max_tokens
         self._most_tokens = options.max_tokens if asked is None else min(asked, options.max_tokens)
@@ -81,6 +84,8 @@ class Question:
         """Behind the videos, where that does not follow from their size in tokens."""
         self._shifts: dict[str, int] = {}
         """How far a file's chunks stand from where they were prefilled; only where they bring their positions."""
+        self._low: dict[int, object] = {}
+        """Selected L-KVs by place that are on the device, until the cache is put together."""
         self._scores: tuple[float, ...] = ()
         self._degraded = False
         self._reload_nbytes = 0
@@ -121,7 +126,8 @@ class Question:
         self._max_tokens = self._room(prefix.num_tokens)
         self._lap()
         self._prompt.encode()
-        self._assemble(prefix, [])
+        room = self._prompt.num_tokens + self._max_tokens
+        self.cache = MixedCache(prefix, [], self._model.rope, room=room)
 
     def score(self) -> bool:
         """Reads the next piece of the prompt over the H-KVs of all videos; with the last one scores the chunks and
@@ -129,13 +135,13 @@ class Question:
 
         Raises SelectionError, ContextLengthExceeded.
         """
-        model, prompt, high = self._model, self._prompt, self._high
+        model, prompt = self._model, self._prompt
         if self.cache is None:
             self._lap()
             prompt.encode()
             # It serves the answer too where nothing is re-loaded.
             room = prompt.num_tokens + self._most_tokens
-            self.cache = MixedCache(high.prefix, high.chunks, model.rope, room=min(room, model.spec.max_positions))
+            self.cache = self._caches.assemble(self._placed, {}, min(room, model.spec.max_positions))
         cache, row = self.cache, prompt.row(self.cache)
         if not prompt.at_last:
             model.forward([row])
@@ -144,7 +150,8 @@ class Question:
         trace = model.trace(row.ids, cache)
         cache.forget_conversation()
         prompt.rewind()
-        self._scores = tuple(model.scorer.score(trace, cache, high.chunks, model.rope).tolist())
+        chunks = self._caches.chunks(self._placed) if model.scorer.reads_chunks else ()
+        self._scores = tuple(model.scorer.score(trace, cache, chunks, model.rope).tolist())
         self.selection = self._select(self._scores)
         self._max_tokens = self._room(self._sizes.mixed(self.selection))
         self._ms["score"] = self._lap()
@@ -153,20 +160,24 @@ class Question:
         return True
 
     def wanted(self) -> list[tuple[int, Video, int]]:
-        """What is to be re-loaded, in the order of the cache: the chunk's place there, its video, its index in that."""
-        named = [(place, *self._chunks[place]) for place in sorted(self.selection.chunks)]
+        """What is to be read from the store, in the order of the cache: the chunk's place there, its video, its index
+        in that. L-KVs that are on the device already are held for :meth:`reload`."""
+        found = {place: self._caches.find_low(self._low_key(place)) for place in sorted(self.selection.chunks)}
+        self._low = {place: low for place, low in found.items() if low is not None}
+        named = [(place, *self._chunks[place]) for place, low in found.items() if low is None]
         return [(place, self.videos[file_id], chunk.index) for place, file_id, chunk in named]
 
     def reload(self, low: Mapping[int, ChunkKV]) -> None:
-        """Makes ready to answer: the selected chunks' L-KVs in ``low`` by place, which were read from the store to the
-        CPU, and the H-KVs of the others and of those that could not be read."""
-        high = self._high
-        self._degraded = any(index not in low for index in self.selection.chunks)
+        """Makes ready to answer: the selected chunks' L-KVs, those in ``low`` by place, which were read from the store
+        to the CPU, and those that were on the device already; the H-KVs of the others and of those that could not be
+        read."""
         self._reload_nbytes = sum(kv.nbytes for kv in low.values())
-        chunks = list(high.chunks)
         for place, kv in low.items():
-            chunks[place] = self._placed(self._chunks[place][0], kv.to(self._model.device))
-        self._assemble(high.prefix, chunks)
+            self._low[place] = self._caches.add_low(self._low_key(place), kv)
+        self._degraded = any(place not in self._low for place in self.selection.chunks)
+        room = self._prompt.num_tokens + self._max_tokens
+        self.cache = self._caches.assemble(self._placed, self._low, room)
+        self._low = {}
         self._ms["reload"] = self._lap()
 
     def row(self) -> Row:
@@ -175,6 +186,12 @@ class Question:
         if self.phase is Phase.PREFILL:
             return self._prompt.row(self.cache)
         return Row(torch.tensor([self._last_token], device=self._model.device), self.cache)
+
+    def step(self) -> Step:
+        """What it puts into the next step of a decoder, while it decodes."""
+        assert self.cache is not None
+        temperature, seed = self.sampler.on_device or (0.0, 0)
+        return Step(self._last_token, self.cache, temperature, seed)
 
     def accept(self, token: int) -> Delta:
         """Takes the token drawn for :meth:`row`; what the client gets to see of it, and the end if this was it.
@@ -209,20 +226,20 @@ class Question:
         """Lets go of all memory; nothing may follow."""
         self.phase = Phase.ENDED
         self.cache = None
+        self._low = {}
         for lease in self.leases:
             lease.release()
         self.leases = ()
 
     @property
-    def _high(self) -> HighKV:
-        """The H-KVs of all videos, one behind the other; the prefix is the model's, and so the same in each."""
-        files = list(zip(self.request.file_ids, (lease.kv for lease in self.leases), strict=True))
-        chunks = tuple(self._placed(file_id, chunk) for file_id, kv in files for chunk in kv.chunks)
-        return HighKV(files[0][1].prefix, chunks)
+    def _placed(self) -> list[Placed]:
+        """All videos, one behind the other; the prefix is the model's, and so the same in each."""
+        files = zip(self.request.file_ids, self.leases, strict=True)
+        return [Placed(lease.kv, self._shifts.get(file_id, 0)) for file_id, lease in files]
 
-    def _placed(self, file_id: str, kv: ChunkKV) -> ChunkKV:
-        shift = self._shifts.get(file_id, 0)
-        return kv.moved(shift) if shift else kv
+    def _low_key(self, place: int) -> LowKey:
+        file_id, chunk = self._chunks[place]
+        return self.videos[file_id].key, chunk.index
 
     def _room(self, num_mixed: int) -> int:
         """Tokens that the answer may have behind a mixed cache of ``num_mixed``. Raises ContextLengthExceeded."""
@@ -243,10 +260,6 @@ class Question:
             while self._next_position is None and chosen.chunks and self._sizes.mixed(chosen) > room:
                 chosen = Selection(chosen.chunks[:-1])
         return chosen
-
-    def _assemble(self, prefix: ChunkKV, chunks: Sequence[ChunkKV]) -> None:
-        room = self._prompt.num_tokens + self._max_tokens
-        self.cache = MixedCache(prefix, chunks, self._model.rope, room=room)
 
     def _lap(self) -> float:
         """Milliseconds since the last lap."""

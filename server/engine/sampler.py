@@ -9,6 +9,10 @@ from torch import Tensor
 
 from server.engine.request import SamplingParams
 
+_COLDEST = 1e-3
+"""Below, logits in float32 may overflow."""
+_LARGEST_SEED = (1 << 63) - 1
+
 
 class Sampler:
     """One request's way to draw, with a generator of its own: what else is in the batch changes nothing."""
@@ -20,6 +24,15 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
+
+    @property
+    def on_device(self) -> tuple[float, int] | None:
+        """Temperature and seed, if that is all that a draw depends on."""
+        params = self._params
+        if self.greedy:
+            return 0.0, 0
+        plain = params.top_k == 0 and params.top_p >= 1 and params.temperature > _COLDEST
+        return (params.temperature, self._generator.initial_seed() & _LARGEST_SEED) if plain else None
 
     @property
     def greedy(self) -> bool:

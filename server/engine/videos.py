@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from kvstore.base import Store
 from kvstore.content import ContentStore
 from kvstore.errors import CorruptBlob, PoolError, StoreError
@@ -267,7 +269,9 @@ class Videos:
                 pass
             elif isinstance(result, Prefilled):
                 if result.high is not None:
-                    with suppress(PoolError):  # then it is read from the store when it is asked about
+                    with suppress(
+                        PoolError, torch.OutOfMemoryError
+                    ):  # then it is read from the store when it is asked about
                         self._pool.put(video.key, result.high).release()
                 video.manifest, video.unrepaired_s = result.manifest, None
             elif video.manifest is not None:

@@ -16,7 +16,7 @@ def causal_mask(num_tokens: int, num_cached: int, like: Tensor, head_dim: int) -
 
     None where :func:`attend` needs none for queries on the device and in the dtype of ``like``.
     """
-    if num_tokens == 1 or _has_flash(like.device, like.dtype, head_dim):
+    if num_tokens == 1 or has_flash(like.device, like.dtype, head_dim):
         return None
     mask = torch.ones(num_tokens, num_cached + num_tokens, dtype=torch.bool, device=like.device)
     return mask.tril(num_cached)
@@ -26,7 +26,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     """``queries`` [heads, n, head_dim] over ``keys`` and ``values`` [kv_heads, cached + n, head_dim] -> the shape of
     ``queries``. ``mask`` is what :func:`causal_mask` gave for them."""
     q, k, v = queries[None], keys[None], values[None]
-    if mask is None and _has_flash(queries.device, queries.dtype, queries.shape[2]):
+    if mask is None and has_flash(queries.device, queries.dtype, queries.shape[2]):
         # PyTorch's public function aligns is_causal to the first key, and takes nothing but a whole mask for the last
         # one. With that mask it leaves flash attention, and with shared keys the fused kernels at all: for 7B
         # parameters behind an hour of video it would write gigabytes of weights in every layer. This is what
@@ -37,7 +37,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
 
 
 @lru_cache
-def _has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether PyTorch's own flash attention runs there: half precision, from the Ampere generation on."""
     if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
         return False

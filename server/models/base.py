@@ -67,6 +67,25 @@ class Row:
     image: Any = None
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One sequence of a decoding step: ``token``, drawn last, is appended to ``cache``. ``temperature`` 0 is greedy,
+    otherwise ``seed`` (int64) and the token's position make the draw."""
+
+    token: int
+    cache: MixedCache
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class StepDecoder(Protocol):
+    """Decodes one token a row by other means than :meth:`VideoModel.forward`, which cost less on a GPU."""
+
+    def step(self, rows: Sequence[Step]) -> tuple[list[int], Tensor]:
+        """Appends every row's token to its cache and draws the next ones; they come with the logits [rows, vocab] that
+        they were drawn from (perturbed where there is a temperature), which are good until the next step."""
+
+
 class Prefill(Protocol):
     """The state of one video's prefill. Nothing of it lives on the model, so an aborted one leaves no trace."""
 
@@ -146,6 +165,10 @@ class VideoModel(ABC):
     @abstractmethod
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Appends every row's image and tokens to its cache; float32 logits [rows, vocab] of the rows' last tokens."""
+
+    def step_decoder(self, max_rows: int) -> StepDecoder | None:
+        """For at most ``max_rows`` rows a step; None where :meth:`forward` is as good."""
+        return None
 
     @abstractmethod
     def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:

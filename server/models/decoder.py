@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from compression.cache import KVCache
 from compression.rope import Rope
-from server.models.attention import attend, causal_mask
+from server.models.segment_attention import attention_over
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -199,11 +199,18 @@ class LanguageModel(nn.Module, ABC):
     embed_tokens: nn.Embedding
     layers: nn.ModuleList
     """Of :class:`LayerLike` modules."""
+    norm: nn.Module
+    """Behind the last layer."""
     rope: Rope
 
+    @property
     @abstractmethod
+    def head_weight(self) -> Tensor:
+        """[vocab, hidden], tied to the embeddings or not."""
+
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` -> float32 ``[..., vocab]``."""
+        return functional.linear(self.norm(x), self.head_weight).float()
 
     def forward(self, windows: list[Window], num_layers: int | None = None) -> tuple[Tensor, list[QKV]]:
         """Runs all windows together, each over its own cache, causally.
@@ -215,10 +222,11 @@ class LanguageModel(nn.Module, ABC):
         """
         sizes = [len(window.embeddings) for window in windows]
         x = torch.cat([window.embeddings for window in windows])
-        cos, sin = self.rope.tables(_places(windows, sizes, x.device), x.dtype)
-        masks = [
-            causal_mask(size, window.cache.length, x, window.cache.head_dim)
-            for window, size in zip(windows, sizes, strict=True)
+        positions = _places(windows, sizes, x.device)
+        cos, sin = self.rope.tables(positions, x.dtype)
+        seeing = [
+            attention_over(window.cache, places, x.dtype)
+            for window, places in zip(windows, torch.split(positions, sizes, -1), strict=True)
         ]
         is_vst = _join_masks(windows, sizes)
         places = None if is_vst is None else Places.of(is_vst)
@@ -229,12 +237,9 @@ class LanguageModel(nn.Module, ABC):
             layer = cast(LayerLike, module)
             q, k, v = layer.project(x, places)
             projected.append((q, k, v))
-            q, k = self.rope.rotate(q, cos, sin), self.rope.rotate(k, cos, sin)
-            rows = zip(*(torch.split(part, sizes, 1) for part in (q, k, v)), windows, masks, strict=True)
-            attended = []
-            for queries, keys, values, window, mask in rows:
-                seen_keys, seen_values = window.cache.write(index, keys, values)
-                attended.append(attend(queries, seen_keys, seen_values, mask))
+            rotated, k = self.rope.rotate(q, cos, sin), self.rope.rotate(k, cos, sin)
+            rows = zip(seeing, *(torch.split(part, sizes, 1) for part in (q, rotated, k, v)), strict=True)
+            attended = [see(index, *parts) for see, *parts in rows]
             x = layer.output(x, torch.cat(attended, dim=1))
             for part, window in zip(torch.split(x, sizes), windows, strict=True):
                 if window.deep is not None and index < len(window.deep):
@@ -260,10 +265,10 @@ class Decoder(LanguageModel):
         """What the KVs depend on besides the weights."""
         return repr(self.config)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Hidden states ``[..., hidden]`` -> float32 ``[..., vocab]``."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return functional.linear(self.norm(x), head.weight).float()
+    @property
+    def head_weight(self) -> Tensor:
+        """See :attr:`LanguageModel.head_weight`."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
 
 def _places(windows: list[Window], sizes: list[int], device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from compression.cache import KVCache
 from compression.kv import ChunkKV, Level
 from compression.mixed import MixedCache
 from compression.score import QueryTrace, Scorer
-from server.models.base import ModelSpec, Row, Turn, VideoModel
+from server.models.base import ModelSpec, Row, StepDecoder, Turn, VideoModel
 from server.models.decoder import QKV, LanguageModel, Window
 from server.models.fingerprint import fingerprint
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,23 @@ class DecoderModel(VideoModel):
         for window, size in zip(windows, sizes, strict=True):
             window.cache.advance(size, window.next_position)
         return self.decoder.logits(hidden[torch.tensor(sizes).cumsum(0) - 1])
+
+    def step_decoder(self, max_rows: int) -> StepDecoder | None:
+        spec = self.spec
+        if self.device.type != "cuda" or spec.head_dim & (spec.head_dim - 1):
+            return None
+        try:
+            from server.models.decode import Decoding
+        except ImportError as error:
+            _log.warning("decoding is slow without Triton: %s", error)
+            return None
+        return Decoding(
+            self.decoder,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            max_positions=spec.max_positions,
+            max_rows=max_rows,
+        )
 
     @torch.inference_mode()
     def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from compression.rope import Rope
 from server.models.decoder import QKV, LanguageModel, Places
@@ -30,9 +29,10 @@ class TransformersDecoder(LanguageModel):
         self.norm = parts.norm
         self.head = head
 
-    def logits(self, x: Tensor) -> Tensor:
-        """See :meth:`LanguageModel.logits`."""
-        return functional.linear(self.norm(x), self.head.weight).float()
+    @property
+    def head_weight(self) -> Tensor:
+        """See :attr:`LanguageModel.head_weight`."""
+        return self.head.weight
 
 
 class TransformersLayer(nn.Module):

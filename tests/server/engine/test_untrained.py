@@ -122,6 +122,19 @@ def test_a_second_video_goes_on_where_the_first_ends(drive, untrained, four_chun
             assert (answer.text, answer.outcome.mixed_tokens) == answer_by_hand(untrained, [*first, *second])
 
 
+def test_shared_kvs_are_seen_as_copies_are(drive, untrained, four_chunks, two_chunks):
+    store = MemoryStore()
+    copying = drive(store, model=untrained, share_kvs=False)
+    a, b = copying.upload(four_chunks), copying.upload(two_chunks)
+    sharing = drive(store, model=untrained, share_kvs=True)
+    for files in ([a], [b, a]):
+        for dial in (Dial(), Dial(mode="high"), Dial(mode="low"), Dial(reload=1)):
+            expected, answer = copying.ask(files, QUESTION, dial=dial), sharing.ask(files, QUESTION, dial=dial)
+            assert answer.text == expected.text
+            assert answer.outcome.selection == expected.outcome.selection
+            assert answer.outcome.scores == pytest.approx(expected.outcome.scores, abs=1e-5)
+
+
 def test_a_prefill_that_was_cut_off_goes_on(drive, untrained, four_chunks):
     store = MemoryStore()
     record = (driver := drive(store, model=untrained)).upload(four_chunks)

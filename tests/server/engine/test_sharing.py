@@ -1,0 +1,131 @@
+"""Questions that see the same KVs of a video, and decode by a step of their own, as on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from clips import Clip
+
+from compression.segments import SharedCache
+from compression.select import Dial
+from kvstore.memory import MemoryStore
+from server.models.base import Row, Step
+from server.models.videoxl import VideoXL
+
+Drive = Callable[..., Any]
+QUESTION = "What code is on the red star?"
+DIALS = (Dial(), Dial(mode="high"), Dial(mode="low"), Dial(chunks=(3, 0)), Dial(reload=1))
+
+
+def test_answers_are_those_over_copies(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
+    store = MemoryStore()
+    copying = drive(store, share_kvs=False)
+    a, b = copying.upload(four_chunks), copying.upload(two_chunks)
+    cases = [(files, dial) for files in ([a], [b, a]) for dial in DIALS if len(files) == 1 or dial.chunks is None]
+    expected = [copying.ask(files, QUESTION, dial=dial) for files, dial in cases]
+    sharing = drive(store, share_kvs=True)
+    answers = [sharing.start(files, QUESTION, dial=dial) for files, dial in cases]
+    for answer, (files, dial), alone in zip(answers, cases, expected, strict=True):
+        assert answer.wait().text == alone.text, (len(files), dial)
+        assert answer.outcome.scores == pytest.approx(alone.outcome.scores, abs=1e-5)
+        assert answer.outcome.selection == alone.outcome.selection
+        assert answer.outcome.mixed_tokens == alone.outcome.mixed_tokens and not answer.outcome.degraded
+    assert sharing.ask(None, "Hello?").text == copying.ask(None, "Hello?").text
+
+
+def test_questions_about_a_video_hold_nothing_of_it(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip
+) -> None:
+    model = fresh_model()
+    forward, seen = model.forward, []
+
+    def spy(rows: Sequence[Row]) -> torch.Tensor:
+        seen.extend(row.cache for row in rows if isinstance(row.cache, SharedCache))
+        return forward(rows)
+
+    model.forward = spy  # type: ignore[method-assign]
+    driver = drive(model=model, share_kvs=True)
+    record = driver.upload(four_chunks)
+    answers = [driver.start(record, f"{QUESTION} {number}") for number in range(3)]
+    own = {a.outcome.prompt_tokens - a.outcome.mixed_tokens + 12 for a in answers}
+    caches = list({id(cache): cache for cache in seen}.values())
+    assert len(caches) == 3
+    addresses = {cache.segments[0].keys.data_ptr() for cache in caches}
+    assert len(addresses) == 1, "all see the prefix in the same place"
+    assert {cache.capacity for cache in caches} == own, "the conversation"
+
+
+def test_low_kvs_stay_on_the_device_up_to_a_budget(drive: Drive, four_chunks: Clip) -> None:
+    store = MemoryStore()
+    driver = drive(store, share_kvs=True)
+    record = driver.upload(four_chunks)
+    chunk = [driver.ask(record, dial=Dial(chunks=(index,))).outcome.reload_nbytes for index in range(4)]
+    assert min(chunk) > 0
+    assert driver.ask(record, dial=Dial(mode="low")).outcome.reload_nbytes == 0
+    key = driver.engine.library.video(record.id, "").key
+    for index in range(4):
+        store.delete(key.low(index))
+    assert not driver.ask(record, dial=Dial(mode="low")).outcome.degraded, "nothing was read"
+
+    small = drive(share_kvs=True, shared_low_nbytes=2 * chunk[0])
+    record = small.upload(four_chunks)
+    assert small.ask(record, dial=Dial(mode="low")).outcome.reload_nbytes == sum(chunk)
+    assert small.engine._caches.nbytes <= 2 * chunk[0]
+    again = [small.ask(record, dial=Dial(chunks=(index,))).outcome.reload_nbytes for index in (3, 0, 0)]
+    assert again == [0, chunk[0], 0]
+
+
+class PlainSteps:
+    """A StepDecoder that goes through the model all the same."""
+
+    def __init__(self, model: VideoXL, worst_token: int | None = None) -> None:
+        self._model = model
+        self._worst_token = worst_token
+        self.batches: list[list[Step]] = []
+
+    def step(self, rows: Sequence[Step]) -> tuple[list[int], torch.Tensor]:
+        self.batches.append(list(rows))
+        if any(row.cache.num_mixed == self._worst_token for row in rows):
+            raise RuntimeError("out of memory")
+        logits = self._model.forward([Row(torch.tensor([row.token]), row.cache) for row in rows])
+        return logits.argmax(-1).tolist(), logits
+
+
+def test_a_step_decoder_takes_what_decodes(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, two_chunks: Clip
+) -> None:
+    model = fresh_model()
+    plain = drive(model=model, share_kvs=True)
+    records = [plain.upload(four_chunks), plain.upload(two_chunks)]
+    sampled = {"temperature": 0.8, "top_k": 5, "seed": 3}
+    cases = [(records[0], {}), (records[1], sampled), (records[1], {}), (None, {})]
+    expected = [plain.ask(record, **params) for record, params in cases]
+    steps = PlainSteps(model)
+    model.step_decoder = lambda max_rows: steps  # type: ignore[method-assign]
+    driver = drive(plain.store, model=model, share_kvs=True)
+    answers = [driver.start(record, **params) for record, params in cases]
+    assert [answer.wait().text for answer in answers] == [answer.text for answer in expected]
+    assert max(map(len, steps.batches)) > 1
+    assert {row.temperature for batch in steps.batches for row in batch} == {0.0}, "top-k is drawn on the host"
+    warm = driver.start(records[0], temperature=0.7, seed=11).wait()
+    assert warm.error is None
+    assert {(row.temperature, row.seed) for row in steps.batches[-1]} == {(0.7, 11)}
+
+
+def test_a_step_that_fails_ends_its_question_alone(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, two_chunks: Clip
+) -> None:
+    model = fresh_model()
+    plain = drive(model=model, share_kvs=True)
+    records = [plain.upload(four_chunks), plain.upload(two_chunks)]
+    expected = plain.ask(records[0])
+    guilty = plain.ask(records[1], dial=Dial(mode="high")).outcome.mixed_tokens
+    assert guilty != expected.outcome.mixed_tokens
+    model.step_decoder = lambda max_rows: PlainSteps(model, guilty)  # type: ignore[method-assign]
+    driver = drive(plain.store, model=model, share_kvs=True)
+    answers = [driver.start(records[0]), driver.start(records[1], dial=Dial(mode="high"))]
+    assert answers[1].wait().error is not None
+    assert answers[0].wait().text == expected.text
