@@ -45,7 +45,7 @@ class RawChunk:
 
     def with_others(self, kept: ChunkKV) -> ChunkKV:
         """What was kept of the visual tokens, and all others."""
-        return kept if self.others is None else kept.followed_by(self.others)
+        return kept if self.others is None else replace(kept.followed_by(self.others), num_others=self.num_others)
 
     def seen_by(self, queries: Tensor, positions: Tensor) -> RawChunk:
         """The same chunk judged by other queries, those of a question for example (shapes as in the class)."""

@@ -23,6 +23,8 @@ class ChunkKV:
     Without ``positions`` the tokens stand one behind the other, behind whatever stands before them. Models whose
     positions tell time and place keep those that the tokens had before compression: int32
     [axes, layers or 1, kv_heads or 1, tokens]; what follows the chunk then goes on at ``next_position``.
+
+    The last ``num_others`` tokens are not visual: text around frames, of which one chunk may have more than another.
     """
 
     keys: Tensor
@@ -31,6 +33,7 @@ class ChunkKV:
     ratio: int
     positions: Tensor | None = None
     next_position: int | None = None
+    num_others: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -39,13 +39,15 @@ class MixedCache(KVCache):
         parts = [prefix, *chunks]
         super().__init__(prefix, rope, capacity=sum(part.num_tokens for part in parts) + room)
         self.append(*parts)
-        ends = list(accumulate(part.num_tokens for part in parts))
-        self._end_videos(pairwise(ends))
+        ends = accumulate(part.num_tokens for part in parts)
+        spans = zip(pairwise(ends), chunks, strict=True)
+        self._end_videos((start, stop - chunk.num_others) for (start, stop), chunk in spans)
 
     def _end_videos(self, spans: Iterable[tuple[int, int]]) -> None:
         """The conversation begins here."""
         self.spans: tuple[tuple[int, int], ...] = tuple(spans)
-        """Token range of every chunk: ``(start, stop)``."""
+        """Token range of every chunk's visual tokens: ``(start, stop)``. Text is left out, lest what stands before or
+        behind a video speak for its first chunk and its last."""
         self.num_mixed = self.length
         """KV tokens of prefix and video, without the conversation."""
         self._behind_video = self.next_position

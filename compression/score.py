@@ -46,7 +46,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionScorer:
-    """Softmax mass that the prompt's last token puts on a chunk's H-KVs, averaged over heads.
+    """Softmax mass that the prompt's last token puts on a chunk's visual H-KVs, averaged over heads.
 
     ``heads`` are (layer, head) pairs; None takes all. The last token has read the whole question, so it is where a
     causal model looks for the answer; averaging over all question tokens is much worse. Where a draft of the answer is
@@ -109,7 +109,9 @@ class CosineScorer:
     def score(self, trace: QueryTrace, cache: MixedCache, high: Sequence[ChunkKV], rope: Rope) -> Tensor:
         query = trace.queries[1:].mean(2).float()
         # A short chunk may have no VST: its sum is 0, and so is its cosine.
-        keys = torch.stack([chunk.keys[1:].sum(2) / max(chunk.num_tokens, 1) for chunk in high], dim=2).float()
+        sizes = [chunk.num_tokens - chunk.num_others for chunk in high]
+        sums = [chunk.keys[1:, :, :size].sum(2) / max(size, 1) for chunk, size in zip(high, sizes, strict=True)]
+        keys = torch.stack(sums, dim=2).float()
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
         cosine = torch.nn.functional.cosine_similarity(query[:, :, None], keys, dim=-1)
         return cosine.mean((0, 1)) / self.temperature

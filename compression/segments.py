@@ -26,13 +26,15 @@ class RotatedKV:
     """Parts of a video, one behind the other in one buffer, keys rotated: prefix and H-KVs, or the L-KV of one chunk.
 
     ``keys`` and ``values`` are ``[layers, kv_heads, tokens, head_dim]``; nobody writes to them. ``spans`` is the token
-    range of every part. Where the parts bring positions of their own (see :class:`ChunkKV`) ``next_positions`` has for
-    each what follows it; None stands for parts without: there token ``i`` of the buffer is rotated to position ``i``.
+    range of every part, ``num_others`` how many at its end are not visual. Where the parts bring positions of their own
+    (see :class:`ChunkKV`) ``next_positions`` has for each what follows it; None stands for parts without: there token
+    ``i`` of the buffer is rotated to position ``i``.
     """
 
     keys: Tensor
     values: Tensor
     spans: tuple[tuple[int, int], ...]
+    num_others: tuple[int, ...]
     next_positions: tuple[int | None, ...]
 
     @classmethod
@@ -42,7 +44,8 @@ class RotatedKV:
         cache = KVCache(parts[0], rope, capacity=sum(part.num_tokens for part in parts))
         cache.append(*parts)
         spans = pairwise(accumulate((part.num_tokens for part in parts), initial=0))
-        return cls(cache.keys, cache.values, tuple(spans), tuple(part.next_position for part in parts))
+        others, next_positions = zip(*((part.num_others, part.next_position) for part in parts), strict=True)
+        return cls(cache.keys, cache.values, tuple(spans), others, next_positions)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +76,8 @@ class SharedCache(MixedCache):
             start, stop = part.source.spans[part.index]
             next_position = part.source.next_positions[part.index]
             offset = part.shift if next_position is not None else self.next_position - start
-            spans.append((self.length, self.length + stop - start))
+            num_others = part.source.num_others[part.index]
+            spans.append((self.length, self.length + stop - start - num_others))
             self.length += stop - start
             if next_position is not None:
                 self.offset = next_position + part.shift - self.length

@@ -29,8 +29,8 @@ def encode(kv: ChunkKV, precision: Precision = "exact") -> bytearray:
 
     ``level`` and ``ratio`` stand in its metadata. With int8, ``keys.scales`` and ``values.scales`` stand beside them,
     and the dtype to come back to in the metadata; with positions, int32 ``positions`` [axes, layers or 1, kv_heads or
-    1, tokens], and ``next_position`` in the metadata. Raises ValueError for a dtype other than float32, float16,
-    bfloat16, and with int8 for numbers that are not finite.
+    1, tokens], and ``next_position`` in the metadata; and ``num_others`` there unless it is 0. Raises ValueError for a
+    dtype other than float32, float16, bfloat16, and with int8 for numbers that are not finite.
     """
     metadata = {"level": kv.level, "ratio": str(kv.ratio)}
     tensors: dict[str, Tensor] = {}
@@ -43,6 +43,8 @@ def encode(kv: ChunkKV, precision: Precision = "exact") -> bytearray:
             tensors[name] = tensor.detach()
     if precision == "int8":
         metadata["dtype"] = _NAME_OF_DTYPE[kv.keys.dtype]
+    if kv.num_others:
+        metadata["num_others"] = str(kv.num_others)
     if kv.positions is not None:
         metadata["next_position"] = str(kv.next_position)
         tensors["positions"] = kv.positions
@@ -78,9 +80,12 @@ def decode(data: bytearray | memoryview) -> ChunkKV:
         if keys.shape != values.shape or keys.dtype != values.dtype:
             raise ValueError(f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype}")
         positions, next_position = _positions(data, start, header, keys.shape)
+        num_others = int(metadata.get("num_others", 0))
+        if not 0 <= num_others <= keys.shape[2]:
+            raise ValueError(f"{num_others} of {keys.shape[2]} tokens")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
         raise CorruptBlob(f"not a stored KV: {error!r}") from error
-    return ChunkKV(keys, values, cast(Level, level), ratio, positions, next_position)
+    return ChunkKV(keys, values, cast(Level, level), ratio, positions, next_position, num_others)
 
 
 def _pack(metadata: dict[str, str], tensors: dict[str, Tensor]) -> bytearray:

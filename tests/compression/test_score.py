@@ -66,6 +66,19 @@ def test_attention_per_token_does_not_favour_large_chunks() -> None:
     torch.testing.assert_close(mean, whole / torch.tensor([16, 1, 1, 2]))
 
 
+def test_tokens_that_are_not_visual_do_not_speak_for_their_chunk() -> None:
+    trace, cache, chunks = setting((4, 5, 3))
+    marked = [replace(kv, num_others=others) for kv, others in zip(chunks, (1, 0, 3), strict=True)]
+    knowing = MixedCache(chunk(3, 0), marked, ROPE, room=5)
+    (first, _), middle, (last, _) = cache.spans
+    assert knowing.spans == ((first, first + 3), middle, (last, last))
+    cache.spans = knowing.spans
+    bare = [chunks[0].take(slice(3)), chunks[1], chunks[2].take(slice(0))]
+    for scorer in (AttentionScorer(), AttentionScorer(per_token=True), CosineScorer()):
+        scores = scorer.score(trace, knowing, marked, ROPE)
+        torch.testing.assert_close(scores, scorer.score(trace, cache, bare, ROPE))
+
+
 def test_only_the_layers_of_the_chosen_heads_are_needed() -> None:
     assert AttentionScorer(((0, 3), (1, 0))).num_layers == 2
     assert AttentionScorer().num_layers is None

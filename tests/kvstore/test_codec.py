@@ -70,6 +70,15 @@ def test_positions_of_other_tokens_are_refused(make, shape):
         codec.decode(codec.encode(kv))
 
 
+def test_how_many_tokens_are_not_visual_survives(make):
+    kv = replace(make.kv(tokens=5), num_others=2)
+    assert codec.decode(codec.encode(kv)).num_others == 2
+    assert codec.decode(codec.encode(replace(kv, num_others=0))).num_others == 0
+    for number in (-1, 6):
+        with pytest.raises(CorruptBlob, match="of 5 tokens"):
+            codec.decode(codec.encode(replace(kv, num_others=number)))
+
+
 def test_views_are_stored_as_what_they_show(make):
     memory = torch.randn(2, 2, 3, 10, 8, requires_grad=True)
     kv = ChunkKV(memory[0].transpose(0, 1)[:, :, 2:7], memory[1].transpose(0, 1)[:, :, 2:7], "high", 16)

@@ -177,7 +177,7 @@ def test_raw_chunks_with_all_that_is_not_visual_are_what_ratio_1_keeps(family: F
 
 
 def same(a: ChunkKV, b: ChunkKV) -> bool:
-    assert (a.level, a.ratio, a.next_position) == (b.level, b.ratio, b.next_position)
+    assert (a.level, a.ratio, a.next_position, a.num_others) == (b.level, b.ratio, b.next_position, b.num_others)
     assert (a.positions is None) == (b.positions is None)
     pairs = [(a.keys, b.keys), (a.values, b.values), (a.positions, b.positions)]
     return all(x is None or (x.dtype == y.dtype and torch.equal(x, y)) for x, y in pairs)
