@@ -207,7 +207,9 @@ def test_all_selected_is_the_low_cache_and_none_is_the_high_cache(family: Family
         assert cache.num_mixed == len(model.prompt.prefix_ids) + sum(kv.num_tokens for kv in chunks)
         end = pairs[-1][0].next_position
         assert cache.next_position == (cache.num_mixed if end is None else end)
-        for (start, stop), kv in zip(cache.spans, chunks, strict=True):
+        for (start, visual_stop), kv in zip(cache.spans, chunks, strict=True):
+            stop = start + kv.num_tokens
+            assert visual_stop == stop - kv.num_others
             positions = torch.arange(start, stop) if kv.positions is None else kv.positions
             rotated = model.rope.rotate(kv.keys, *model.rope.tables(positions, torch.float32))
             assert torch.equal(cache.keys[:, :, start:stop], rotated)
