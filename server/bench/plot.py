@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,10 @@ LINES: dict[str, tuple[str, str, str]] = {
     "raw": ("no compression", "#111111", "*"),
 }
 """Family -> label, colour, marker. What is at the default's budget stands in the second row, others are points."""
-_OTHERS = ("#7b3294", "#1b9e77", "#d01c8b", "#a6611a", "#666600", "#b30000")
+_OTHERS = (
+    "#7b3294", "#1b9e77", "#d01c8b", "#a6611a", "#666600", "#b30000", "#2c7fb8", "#f4a582", "#636363", "#41ab5d",
+    "#8c6bb1", "#c9a000",
+)  # fmt: skip
 _FROM_HIGH = ("attention", "every-head", "cosine")
 """These begin where nothing is re-loaded."""
 _TITLE = "Accuracy on fresh synthetic videos, with 95 % intervals"
@@ -59,11 +63,16 @@ def draw(summary: Sequence[Mapping[str, Any]], default: str, path: Path) -> None
         _draw_at_default(grid[1, column], part["methods"], default)
     grid[0, 0].set_ylabel("right answers")
     handles = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    ncols = min(len(handles) or 1, int(figure.get_figwidth() / 3.5))
+    most_rows = max(len(_at_default(part["methods"], default)) for part in summary)
+    figure.set_figheight(
+        figure.get_figheight() + 0.13 * max(0, most_rows - 20) + 0.2 * max(0, len(handles) / ncols - 4)
+    )
     figure.legend(
         [*handles.values()],
         [*handles],
         loc="outside lower center",
-        ncols=min(len(handles) or 1, int(figure.get_figwidth() / 3.5)),
+        ncols=ncols,
         frameon=False,
         fontsize=10,
     )
@@ -92,11 +101,15 @@ def _draw_lines(axes: Axes, methods: Mapping[str, Any], title: str) -> None:
 
 
 def _others(families: Set[str]) -> dict[str, tuple[str, str, str]]:
-    """The same as LINES; a compressor's two lines have one colour."""
-    stems = {family: family.removesuffix("-uniform").removesuffix("-bilevel") for family in sorted(families)}
+    """The same as LINES; a compressor's lines have one colour."""
+    ends = ("-uniform", "-bilevel", "-over-1")
+    stems = {family: reduce(str.removesuffix, ends, family) for family in sorted(families)}
     numbers = {stem: number for number, stem in enumerate(dict.fromkeys(stems.values()))}
     colors = {stem: _OTHERS[number % len(_OTHERS)] for stem, number in numbers.items()}
-    return {family: (family, colors[stem], "v" if family == stem else "o") for family, stem in stems.items()}
+    markers = {
+        family: "v" if family == stem else "s" if family.endswith("-over-1") else "o" for family, stem in stems.items()
+    }
+    return {family: (family, colors[stem], markers[family]) for family, stem in stems.items()}
 
 
 def _tokens_axis(axes: Axes) -> None:
@@ -110,7 +123,7 @@ def _tokens_axis(axes: Axes) -> None:
 
 def _draw_at_default(axes: Axes, methods: Mapping[str, Any], default: str) -> None:
     """The methods that spend what the default spends, worst at the bottom."""
-    rows = {name: row for name, row in methods.items() if row["at_default"] or name == default}
+    rows = _at_default(methods, default)
     order = sorted(rows, key=lambda name: rows[name]["accuracy"]["share"])
     for place, name in enumerate(order):
         _, share, below, above = _point(rows[name])
@@ -121,6 +134,10 @@ def _draw_at_default(axes: Axes, methods: Mapping[str, Any], default: str) -> No
     if default in rows:
         axes.set_title(f"at the default's {rows[default]['kv_tokens']:.0f} KV tokens", fontsize=10)
     axes.grid(alpha=0.25)
+
+
+def _at_default(methods: Mapping[str, Any], default: str) -> dict[str, Any]:
+    return {name: row for name, row in methods.items() if row["at_default"] or name == default}
 
 
 def _point(row: Mapping[str, Any]) -> tuple[float, float, float, float]:

@@ -34,12 +34,14 @@ _NUM_QUERIES = 16
 class OnePassConfig:
     """How a chunk's KVs become its L-KV and its H-KV.
 
+    The defaults are measured (tests/benchmarks/results/quality-qwen2_5-vl.json): a model that was not trained for it
+    loses a fifth to a half of its answers with every second token, so what is detailed is not compressed at all.
     ``compressor`` is one of :data:`compression.methods.COMPRESSORS`; ``prefill_mode`` tells what a chunk's pass sees of
     the chunks before it (server.models.memory). Raises ValueError for a name that does not exist, and for a low ratio
     above the high one.
     """
 
-    low_ratio: int = 2
+    low_ratio: int = 1
     high_ratio: int = 16
     compressor: str = "stride"
     prefill_mode: str = "exact"

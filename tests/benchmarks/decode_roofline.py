@@ -212,7 +212,7 @@ def shared_cache(shape: Shape, config: DecoderConfig, like: Tensor) -> SharedCac
         keys, values = (like.new_empty(size).normal_() for _ in range(2))
         ends = [sum(tokens[: index + 1]) for index in range(len(tokens))]
         spans = tuple(zip([0, *ends[:-1]], ends, strict=True))
-        return RotatedKV(keys, values, spans, (None,) * len(tokens))
+        return RotatedKV(keys, values, spans, (0,) * len(tokens), (None,) * len(tokens))
 
     resident = random([NUM_PREFIX, *[NUM_HIGH] * num_high])
     parts = [Part(resident, 0)]
