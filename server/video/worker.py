@@ -9,22 +9,30 @@ up skipping when its decoding thread is slow (on a busy machine 10 of 40 frames 
 queues packets without bound meanwhile (1 GB resident for an hour of 1080p), miscounts beside edit lists and after
 seeking in open GOPs, and refuses recordings without a duration. With PyAV every frame carries its presentation time.
 
-Protocol, on pipes: each message out is a kind (one byte), a length (uint32, big-endian) and as many bytes.
+Several such processes may decode one file, each its share of the frames. The first one reads the index and tells where
+every wanted frame lies, the reader shares the frames out, and each process gets its share.
+
+Protocol, on pipes: each message out is a kind (one byte), a length (uint32, big-endian) and as many bytes; each message
+in is a line of JSON.
 
 ====  =================================================================================================
-I     JSON ``{"duration_s", "width", "height"}``, as coded; then the plan is awaited, a line of JSON
+I     JSON ``{"duration_s", "width", "height", "tick_s"}``, as coded; then the plan is awaited,
       ``{"interval_s", "first_frame", "num_frames"}``
-O     JSON ``{"width", "height"}``, upright: the first frame was decoded
-F     one frame, raw RGB [height, width, 3], for the next instant ``n * interval_s``
+P     int64 [3, frames]: for each wanted frame its presentation time, that of the keyframe to decode it
+      from (START_PTS: from the start of the file), and how many frames that are not decoded for the
+      wanted frame before it
+O     JSON ``{"width", "height"}``, upright: the first frame of the share was decoded
+F     one frame, raw RGB [height, width, 3], for the next instant of the share
 T     nothing: a sign of life while frames between two instants are decoded or the index is read
 E     nothing: all frames were sent
 X     JSON ``{"error", "message"}``: no more will come
 ====  =================================================================================================
+
+The first process sends I, P and O around its share (:class:`Share`), the others await theirs at once.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import mmap
@@ -33,7 +41,10 @@ import resource
 import signal
 import struct
 import sys
+import threading
 from array import array
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +61,8 @@ TICK_FRAMES = 64
 TICK_PACKETS = 20_000
 MAX_CLOCK_SKEW_S = 0.0005  # Matroska rounds times to ms
 MAX_GAP_S = 1.0
+START_PTS = -(1 << 63)
+STACK_NBYTES = 256 << 10
 
 
 class Refused(Exception):  # noqa: N818
@@ -61,24 +74,58 @@ class Refused(Exception):  # noqa: N818
 
 
 class Outbox:
-    """Writes messages to the reader. Between two of them the process may take ``stall_s``, then the kernel ends it:
-    the reader would have killed it by then, so this only matters when the reader itself is gone."""
+    """Sends messages to the reader, from a thread: decoding runs ahead by ``ahead_nbytes``, or by one message.
+
+    Between two messages the process may take ``stall_s``, then the kernel ends it: the reader would have killed it by
+    then, so this only matters when the reader itself is gone.
+    """
 
     def __init__(self, fd: int, stall_s: float) -> None:
-        self.fd = fd
-        self.grace_s = math.ceil(stall_s) + 5
-        signal.alarm(self.grace_s)
+        self.ahead_nbytes = 0
+        self._fd = fd
+        self._grace_s = math.ceil(stall_s) + 5
+        self._waiting: deque[tuple[bytes, bytes | memoryview]] = deque()
+        self._nbytes = 0
+        self._changed = threading.Condition()
+        threading.stack_size(STACK_NBYTES)
+        threading.Thread(target=self._write, daemon=True).start()
+        signal.alarm(self._grace_s)
 
     def send(self, kind: bytes, payload: bytes | memoryview = b"") -> None:
+        """Post a message, whose payload must not change any more. Waits while too much is on its way."""
+        if kind == b"T" and self._waiting:
+            return  # what is on its way is a sign of life
         signal.alarm(0)  # a slow reader is no stall
-        for part in (HEADER.pack(kind, len(payload)), payload):
-            view = memoryview(part)
-            while view:
-                view = view[os.write(self.fd, view) :]
-        signal.alarm(self.grace_s)
+        with self._changed:
+            self._changed.wait_for(lambda: self._nbytes == 0 or self._nbytes + len(payload) <= self.ahead_nbytes)
+            self._waiting.append((HEADER.pack(kind, len(payload)), payload))
+            self._nbytes += len(payload)
+            self._changed.notify_all()
+        signal.alarm(self._grace_s)
 
     def send_json(self, kind: bytes, **values: object) -> None:
         self.send(kind, json.dumps(values).encode())
+
+    def flush(self) -> None:
+        """Wait until all is sent."""
+        signal.alarm(0)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting)
+
+    def _write(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting)
+                for part in self._waiting[0]:
+                    view = memoryview(part)
+                    while view:
+                        view = view[os.write(self._fd, view) :]
+                with self._changed:
+                    self._nbytes -= len(self._waiting.popleft()[1])
+                    self._changed.notify_all()
+        except OSError:
+            os._exit(0)  # the reader is gone
 
 
 @dataclass(frozen=True)
@@ -96,11 +143,39 @@ class Index:
     width: int
     height: int
 
-    def position_at(self, time_s: float) -> int:
-        """The frame on screen at ``time_s`` from the first: the last that began by then, as exact as the clock is."""
+    def locate(self, times_s: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Where the frames on screen at ``times_s`` [n], ascending, from the first frame lie: message P. Such a frame
+        is the last that began by then, as exact as the clock is."""
+        import numpy as np
+
         tolerance = min(0.5, MAX_CLOCK_SKEW_S / self.tick_s)
-        instant = self.pts[0] + time_s / self.tick_s + tolerance
-        return max(0, int(self.pts.searchsorted(instant, side="right")) - 1)
+        instants = self.pts[0] + times_s / self.tick_s + tolerance
+        positions = np.maximum(self.pts.searchsorted(instants, side="right") - 1, 0)
+        wanted = self.pts[positions]
+        keys = self.key_pts.searchsorted(wanted, side="right") - 1
+        key_pts = np.where(keys > 0, self.key_pts[keys], START_PTS)
+        begins = np.maximum(self.pts.searchsorted(key_pts), np.append(0, positions[:-1] + 1))
+        return np.stack([wanted, key_pts, positions + 1 - begins])
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process is to decode and how.
+
+    ``numbers`` [frames] are the wanted frames' numbers, ``pts`` and ``key_pts`` as in message P. ``memory_nbytes`` is
+    this process's part of the limit, and ``ahead_nbytes`` how far it may run ahead of the reader.
+    """
+
+    numbers: list[int]
+    pts: list[int]
+    key_pts: list[int]
+    interval_s: float
+    tick_s: float
+    width: int
+    height: int
+    num_threads: int
+    memory_nbytes: int
+    ahead_nbytes: int
 
 
 def read_index(path: str, outbox: Outbox) -> Index:
@@ -185,76 +260,87 @@ def _check_complete(container: Any, stream: Any, num_packets: int, present_s: fl
 
 
 class Decoder:
-    """Decodes presented frames by position, forward only."""
+    """Decodes presented frames by their presentation times, forward only."""
 
-    def __init__(self, path: str, index: Index, num_threads: int, outbox: Outbox) -> None:
-        import av
-
-        self.index = index
+    def __init__(self, path: str, share: Share, outbox: Outbox) -> None:
+        self.path = path
+        self.share = share
         self.outbox = outbox
-        self.container = av.open(path, **OPEN_OPTIONS)
-        self.stream = self.container.streams.best("video")
-        self.stream.thread_type = "AUTO"
-        self.stream.codec_context.thread_count = num_threads
-        self.frames = self.container.decode(self.stream)
-        self.frame = next(self.frames)
+        self.container: Any = None
+        self.stream: Any = None
+        self.frame: Any = None
+        self._start(START_PTS)
 
-    def decode(self, position: int) -> NDArray[np.uint8]:
-        """The frame at ``position``, uint8 [H, W, 3] RGB, upright.
+    def decode(self, wanted: int, key: int) -> NDArray[np.uint8]:
+        """The frame at ``wanted``, decoded from ``key`` at the latest, uint8 [H, W, 3] RGB, upright.
 
-        In place of a frame that the decoder drops, the next one, if that comes soon; else Refused.
+        In place of a frame that the decoder drops, the next one, if that comes soon; else StopIteration.
         """
         import numpy as np
 
-        wanted = int(self.index.pts[position])
-        key = int(self.index.key_pts[max(0, int(self.index.key_pts.searchsorted(wanted, side="right")) - 1)])
         if key > self._reached():
             # Frames shown before a keyframe may be lost by seeking to it (open GOPs); none of them is wanted.
-            self.container.seek(key, stream=self.stream)
-            self.frames = self.container.decode(self.stream)
+            self._start(key)
+        num_passed = 0
+        while self._reached() < wanted:
             self.frame = next(self.frames)
-        for number in itertools.count(1):
-            if self._reached() >= wanted:
-                break
-            self.frame = next(self.frames)
-            if number % TICK_FRAMES == 0:
+            num_passed += 1
+            if num_passed % TICK_FRAMES == 0:
                 self.outbox.send(b"T")
-        if (self._reached() - wanted) * self.index.tick_s > MAX_GAP_S:
+        if (self._reached() - wanted) * self.share.tick_s > MAX_GAP_S:
             raise StopIteration
-        pixels = self.frame.to_ndarray(width=self.index.width, height=self.index.height, format="rgb24")
+        pixels = self.frame.to_ndarray(width=self.share.width, height=self.share.height, format="rgb24")
         return np.ascontiguousarray(np.rot90(pixels, round(self.frame.rotation / 90)))
 
-    def _reached(self) -> float:
-        return -math.inf if self.frame.pts is None else float(self.frame.pts)
+    def _start(self, key: int) -> None:
+        """Go on from the keyframe at ``key``."""
+        import av
+
+        if key != START_PTS:
+            self.container.seek(key, stream=self.stream)
+        else:
+            self.container = av.open(self.path, **OPEN_OPTIONS)
+            self.stream = self.container.streams.best("video")
+            self.stream.thread_type = "AUTO"
+            self.stream.codec_context.thread_count = self.share.num_threads
+        self.frames = self._frames()
+        self.frame = None
+
+    def _frames(self) -> Iterator[Any]:
+        for packet in self.container.demux(self.stream):
+            yield from packet.decode()
+
+    def _reached(self) -> int:
+        return START_PTS if self.frame is None or self.frame.pts is None else int(self.frame.pts)
 
 
-def send_frames(path: str, index: Index, num_threads: int, positions: list[int], outbox: Outbox) -> None:
-    """Decode and send the frames at the ascending ``positions``; Refused if one cannot be decoded."""
+def send_frames(path: str, share: Share, is_first: bool, outbox: Outbox) -> None:
+    """Decode and send the frames of a share; Refused if one cannot be decoded."""
     import av
 
-    position = last_position = -1
+    number, last = 0, None
     try:
-        decoder = Decoder(path, index, num_threads, outbox)
-        for position in positions:
-            if position != last_position:
-                pixels = decoder.decode(position)
-            if last_position < 0:
+        decoder = Decoder(path, share, outbox)
+        for number, wanted, key in zip(share.numbers, share.pts, share.key_pts, strict=True):
+            if wanted != last:
+                pixels = decoder.decode(wanted, key)
+            if is_first and last is None:
                 outbox.send_json(b"O", width=pixels.shape[1], height=pixels.shape[0])
             outbox.send(b"F", pixels.data.cast("B"))
-            last_position = position
+            last = wanted
     except (av.error.FFmpegError, StopIteration) as error:
-        raise _failure(error, index, max(0, position)) from error
+        raise _failure(error, share, number) from error
 
 
-def _failure(error: Exception, index: Index, position: int) -> Exception:
+def _failure(error: Exception, share: Share, number: int) -> Exception:
     """What stopped the decoder: not every codec tells a refused allocation from damaged data."""
     if isinstance(error, MemoryError):
         return error
     try:
-        mmap.mmap(-1, SPARE_NBYTES + SPARE_FRAMES * index.width * index.height * 3).close()
+        mmap.mmap(-1, SPARE_NBYTES + SPARE_FRAMES * share.width * share.height * 3).close()
     except (OSError, MemoryError):
         return MemoryError()
-    time_s = float(index.pts[position] - index.pts[0]) * index.tick_s
+    time_s = number * share.interval_s
     return Refused("VideoDamaged", f"The video cannot be decoded at about {time_s:.1f} s: it is damaged or cut off.")
 
 
@@ -277,29 +363,45 @@ def main() -> None:
     outbox = Outbox(os.dup(1), job["stall_s"])
     os.dup2(2, 1)  # whatever a library prints must not reach the protocol
     try:
-        decode_video(job["path"], job["num_threads"], outbox)
+        if not job["is_first"] or send_index(job["path"], outbox):
+            decode_share(job, outbox)
     except Refused as error:
         outbox.send_json(b"X", error=error.error, message=str(error))
     except MemoryError:
         message = "Decoding this video needs more memory than the server allows."
         outbox.send_json(b"X", error="VideoTooLarge", message=message)
+    outbox.flush()
 
 
-def decode_video(path: str, num_threads: int, outbox: Outbox) -> None:
-    """Send the index, await the plan, send the frames."""
+def send_index(path: str, outbox: Outbox) -> bool:
+    """Send the index, await the plan, send where the frames lie; False if no plan came."""
+    import numpy as np
+
     index = read_index(path, outbox)
-    outbox.send_json(b"I", duration_s=index.duration_s, width=index.width, height=index.height)
-    plan = json.loads(sys.stdin.buffer.readline() or "null")
+    outbox.send_json(b"I", duration_s=index.duration_s, width=index.width, height=index.height, tick_s=index.tick_s)
+    plan = receive()
     if plan is None:
-        return
-    numbers = range(plan["first_frame"], plan["num_frames"])
-    positions = [index.position_at(number * plan["interval_s"]) for number in numbers]
-    send_frames(path, index, num_threads, positions, outbox)
-    outbox.send(b"E")
+        return False
+    numbers = np.arange(plan["first_frame"], plan["num_frames"])
+    outbox.send(b"P", index.locate(numbers * plan["interval_s"]).tobytes())
+    return True
+
+
+def decode_share(job: dict[str, Any], outbox: Outbox) -> None:
+    """Await the share, send its frames."""
+    values = receive()
+    if values is not None:
+        share = Share(**values)
+        limit_process(share.memory_nbytes, job["cpu_s"])
+        outbox.ahead_nbytes = share.ahead_nbytes
+        send_frames(job["path"], share, job["is_first"], outbox)
+        outbox.send(b"E")
+
+
+def receive() -> Any:
+    """The reader's next message; None if it is gone."""
+    return json.loads(sys.stdin.buffer.readline() or "null")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:
-        os._exit(0)  # the reader is gone
+    main()

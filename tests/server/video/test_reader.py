@@ -12,7 +12,8 @@ import psutil
 import pytest
 from clips import Clip, Clips, read_time_s, remux, trim, write_clip
 
-from server.video.reader import DECODER_COMMAND, Sampling, VideoInfo, VideoLimits, VideoReader
+from server.video.process import DECODER_COMMAND
+from server.video.reader import Sampling, VideoInfo, VideoLimits, VideoReader
 
 VFR_S = (0, 0.1, 0.2, 0.25, 1.7, 1.75, 1.8, 3.4)
 SLOW_X264 = {"preset": "medium"}
