@@ -4,10 +4,9 @@
 make the native decoder hang, crash or eat memory, and only a process can be killed and limited. It imports nothing of
 this project, opens only the one file and writes only to its standard output.
 
-The library is PyAV. decord2 3.4.0 was tried and cannot sample by time: it does not tell which frame it returned, gives
-up skipping when its decoding thread is slow (on a busy machine 10 of 40 frames of a 1080p file were silently others),
-queues packets without bound meanwhile (1 GB resident for an hour of 1080p), miscounts beside edit lists and after
-seeking in open GOPs, and refuses recordings without a duration. With PyAV every frame carries its presentation time.
+The library is PyAV, whose every frame carries its presentation time. decord2 3.4.0 cannot sample by time: it does not
+tell which frame it returned, returns others when its thread is slow, queues packets without bound meanwhile, miscounts
+beside edit lists and after seeking in open GOPs, and refuses recordings without a duration.
 
 Several such processes may decode one file, each its share of the frames. The first one reads the index and tells where
 every wanted frame lies, the reader shares the frames out, and each process gets its share.
@@ -153,7 +152,8 @@ class Index:
         positions = np.maximum(self.pts.searchsorted(instants, side="right") - 1, 0)
         wanted = self.pts[positions]
         keys = self.key_pts.searchsorted(wanted, side="right") - 1
-        key_pts = np.where(keys > 0, self.key_pts[keys], START_PTS)
+        key_pts = self.key_pts[keys]
+        key_pts[(keys <= 0) | (key_pts < self.pts[0])] = START_PTS
         begins = np.maximum(self.pts.searchsorted(key_pts), np.append(0, positions[:-1] + 1))
         return np.stack([wanted, key_pts, positions + 1 - begins])
 
@@ -260,54 +260,67 @@ def _check_complete(container: Any, stream: Any, num_packets: int, present_s: fl
 
 
 class Decoder:
-    """Decodes presented frames by their presentation times, forward only."""
+    """Decodes presented frames by their presentation times, forward only.
 
-    def __init__(self, path: str, share: Share, outbox: Outbox) -> None:
-        self.path = path
+    It seeks to keyframes, and in H.264 it skips frames that are neither wanted nor referred to by others, which changes
+    no other frame. (Not so in HEVC, where frames of a higher temporal layer may still refer to them.) A ``careful``
+    one does neither.
+    """
+
+    def __init__(self, path: str, share: Share, outbox: Outbox, *, careful: bool = False) -> None:
+        import av
+
         self.share = share
         self.outbox = outbox
-        self.container: Any = None
-        self.stream: Any = None
+        self.careful = careful
+        self.wanted = {*share.pts, *share.key_pts}
+        self.container = av.open(path, **OPEN_OPTIONS)
+        self.stream: Any = self.container.streams.best("video")
+        self.stream.thread_type = "AUTO"
+        self.stream.codec_context.thread_count = share.num_threads
+        self.skips = not careful and self.stream.codec_context.codec.canonical_name == "h264"
+        self.frames = self._frames()
         self.frame: Any = None
-        self._start(START_PTS)
 
-    def decode(self, wanted: int, key: int) -> NDArray[np.uint8]:
+    def decode(self, wanted: int, key: int) -> NDArray[np.uint8] | None:
         """The frame at ``wanted``, decoded from ``key`` at the latest, uint8 [H, W, 3] RGB, upright.
 
-        In place of a frame that the decoder drops, the next one, if that comes soon; else StopIteration.
+        In place of a frame that the decoder drops, the next one, if that comes soon; else StopIteration. None if only
+        a careful decoder can tell.
         """
         import numpy as np
 
-        if key > self._reached():
+        found = True
+        if key > self._reached() and not self.careful:
             # Frames shown before a keyframe may be lost by seeking to it (open GOPs); none of them is wanted.
-            self._start(key)
-        num_passed = 0
-        while self._reached() < wanted:
-            self.frame = next(self.frames)
-            num_passed += 1
-            if num_passed % TICK_FRAMES == 0:
-                self.outbox.send(b"T")
-        if (self._reached() - wanted) * self.share.tick_s > MAX_GAP_S:
+            self.container.seek(key, stream=self.stream)
+            self.frames = self._frames()
+            self.frame = None
+            found = self._advance(key)  # some begin a gradual refresh, and no picture is whole for a while
+        found = self._advance(wanted) and found
+        if not found and not self.careful:
+            return None
+        if self.frame is None or (self._reached() - wanted) * self.share.tick_s > MAX_GAP_S:
             raise StopIteration
         pixels = self.frame.to_ndarray(width=self.share.width, height=self.share.height, format="rgb24")
         return np.ascontiguousarray(np.rot90(pixels, round(self.frame.rotation / 90)))
 
-    def _start(self, key: int) -> None:
-        """Go on from the keyframe at ``key``."""
-        import av
-
-        if key != START_PTS:
-            self.container.seek(key, stream=self.stream)
-        else:
-            self.container = av.open(self.path, **OPEN_OPTIONS)
-            self.stream = self.container.streams.best("video")
-            self.stream.thread_type = "AUTO"
-            self.stream.codec_context.thread_count = self.share.num_threads
-        self.frames = self._frames()
-        self.frame = None
+    def _advance(self, pts: int) -> bool:
+        """Decode until the frame at ``pts`` is reached; False if another one is."""
+        num_passed = 0
+        while self._reached() < pts:
+            self.frame = next(self.frames, None)
+            if self.frame is None:
+                break
+            num_passed += 1
+            if num_passed % TICK_FRAMES == 0:
+                self.outbox.send(b"T")
+        return self._reached() == pts
 
     def _frames(self) -> Iterator[Any]:
         for packet in self.container.demux(self.stream):
+            skips = self.skips and packet.pts not in self.wanted
+            self.stream.codec_context.skip_frame = "NONREF" if skips else "DEFAULT"
             yield from packet.decode()
 
     def _reached(self) -> int:
@@ -318,18 +331,22 @@ def send_frames(path: str, share: Share, is_first: bool, outbox: Outbox) -> None
     """Decode and send the frames of a share; Refused if one cannot be decoded."""
     import av
 
-    number, last = 0, None
+    num_sent, last = 0, None
     try:
         decoder = Decoder(path, share, outbox)
-        for number, wanted, key in zip(share.numbers, share.pts, share.key_pts, strict=True):
+        for wanted, key in zip(share.pts, share.key_pts, strict=True):
             if wanted != last:
                 pixels = decoder.decode(wanted, key)
+            if pixels is None:
+                decoder = Decoder(path, share, outbox, careful=True)
+                pixels = decoder.decode(wanted, key)
+                assert pixels is not None
             if is_first and last is None:
                 outbox.send_json(b"O", width=pixels.shape[1], height=pixels.shape[0])
             outbox.send(b"F", pixels.data.cast("B"))
-            last = wanted
+            num_sent, last = num_sent + 1, wanted
     except (av.error.FFmpegError, StopIteration) as error:
-        raise _failure(error, share, number) from error
+        raise _failure(error, share, share.numbers[num_sent]) from error
 
 
 def _failure(error: Exception, share: Share, number: int) -> Exception:
