@@ -200,10 +200,14 @@ class VideoReader:
         self._split = Split(places, int(width * height) * 3, self._limits.memory_nbytes, max_processes)
         self._shares = self._share_out(places, interval_s, found)
         first.send(self._shares[0])
-        opened = first.receive_json(b"O")
-        width, height = number(opened, "width"), number(opened, "height")
-        self._check_size(duration_s, width, height)
-        self.info = VideoInfo(duration_s, int(width), int(height), num_frames, interval_s)
+        try:
+            opened = first.receive_json(b"O")
+        except VideoTooLarge:
+            self._start_over(self._first_frame)
+        else:
+            width, height = number(opened, "width"), number(opened, "height")
+            self._check_size(duration_s, width, height)
+            self.info = VideoInfo(duration_s, int(width), int(height), num_frames, interval_s)
 
     def _share_out(
         self, places: NDArray[np.int64], interval_s: float, found: dict[str, object]
@@ -215,10 +219,9 @@ class VideoReader:
             pts, key_pts, _ = places[:, mine].tolist()
             shares.append(
                 {
-                    "numbers": (mine + self._first_frame).tolist(),
+                    "times_s": ((mine + self._first_frame) * interval_s).tolist(),
                     "pts": pts,
                     "key_pts": key_pts,
-                    "interval_s": interval_s,
                     "tick_s": number(found, "tick_s"),
                     "width": int(number(found, "width")),
                     "height": int(number(found, "height")),
@@ -259,11 +262,16 @@ class VideoReader:
         turn = self._split.turns[index - self._first_frame]
         try:
             self._processes[turn].receive_bytes(b"F", frame)
-        except VideoTooLarge:  # its part of the memory does not suffice: one process gets all of it
-            if self._split.num_processes == 1:
-                raise
-            self._end_processes()
-            self._processes = []
-            self._first_frame = index
-            self._open(max_processes=1)
+        except VideoTooLarge:
+            self._start_over(index)
             self._processes[0].receive_bytes(b"F", frame)
+
+    def _start_over(self, first_frame: int) -> None:
+        """Where a process's part of the memory does not suffice, one gets all of it; raises what is being handled if
+        that was so."""
+        if self._split.num_processes == 1:
+            raise
+        self._end_processes()
+        self._processes = []
+        self._first_frame = first_frame
+        self._open(max_processes=1)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-PROCESS_NBYTES = 80 << 20
+PROCESS_NBYTES = 128 << 20
 """Writable memory of a decoder process before it decodes."""
 DECODER_PICTURES = 16
 """Pictures, as large as RGB ones, that a decoder may hold."""

@@ -5,11 +5,9 @@ make the native decoder hang, crash or eat memory, and only a process can be kil
 this project, opens only the one file and writes only to its standard output.
 
 The library is PyAV, whose every frame carries its presentation time. decord2 3.4.0 cannot sample by time: it does not
-tell which frame it returned, returns others when its thread is slow, queues packets without bound meanwhile, miscounts
-beside edit lists and after seeking in open GOPs, and refuses recordings without a duration.
+tell which frame it returned, returns others when it is slow, and miscounts beside edit lists and in open GOPs.
 
-Several such processes may decode one file, each its share of the frames. The first one reads the index and tells where
-every wanted frame lies, the reader shares the frames out, and each process gets its share.
+Several such processes may decode one file. The first reads the index and sends I, P and O; each gets its share.
 
 Protocol, on pipes: each message out is a kind (one byte), a length (uint32, big-endian) and as many bytes; each message
 in is a line of JSON.
@@ -17,17 +15,14 @@ in is a line of JSON.
 ====  =================================================================================================
 I     JSON ``{"duration_s", "width", "height", "tick_s"}``, as coded; then the plan is awaited,
       ``{"interval_s", "first_frame", "num_frames"}``
-P     int64 [3, frames]: for each wanted frame its presentation time, that of the keyframe to decode it
-      from (START_PTS: from the start of the file), and how many frames that are not decoded for the
-      wanted frame before it
+P     int64 [3, frames]: each wanted frame's presentation time, that of the keyframe to decode it from (or
+      START_PTS), and how many frames to decode on top of those before it; then :class:`Share` is awaited
 O     JSON ``{"width", "height"}``, upright: the first frame of the share was decoded
 F     one frame, raw RGB [height, width, 3], for the next instant of the share
 T     nothing: a sign of life while frames between two instants are decoded or the index is read
 E     nothing: all frames were sent
 X     JSON ``{"error", "message"}``: no more will come
 ====  =================================================================================================
-
-The first process sends I, P and O around its share (:class:`Share`), the others await theirs at once.
 """
 
 from __future__ import annotations
@@ -65,11 +60,7 @@ STACK_NBYTES = 256 << 10
 
 
 class Refused(Exception):  # noqa: N818
-    """The video cannot be decoded; ``error`` names the reader's exception class."""
-
-    def __init__(self, error: str, message: str) -> None:
-        super().__init__(message)
-        self.error = error
+    """The video cannot be decoded: the name of the reader's exception class, and the message."""
 
 
 class Outbox:
@@ -102,14 +93,14 @@ class Outbox:
             self._changed.notify_all()
         signal.alarm(self._grace_s)
 
-    def send_json(self, kind: bytes, **values: object) -> None:
-        self.send(kind, json.dumps(values).encode())
-
     def flush(self) -> None:
         """Wait until all is sent."""
         signal.alarm(0)
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting)
+
+    def send_json(self, kind: bytes, **values: object) -> None:
+        self.send(kind, json.dumps(values).encode())
 
     def _write(self) -> None:
         try:
@@ -160,16 +151,14 @@ class Index:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process is to decode and how.
+    """What one process is to decode: the frames on screen at ``times_s``, which lie as message P tells.
 
-    ``numbers`` [frames] are the wanted frames' numbers, ``pts`` and ``key_pts`` as in message P. ``memory_nbytes`` is
-    this process's part of the limit, and ``ahead_nbytes`` how far it may run ahead of the reader.
+    ``memory_nbytes`` is this process's part of the limit, ``ahead_nbytes`` how far it may run ahead of the reader.
     """
 
-    numbers: list[int]
+    times_s: list[float]
     pts: list[int]
     key_pts: list[int]
-    interval_s: float
     tick_s: float
     width: int
     height: int
@@ -282,7 +271,7 @@ class Decoder:
         self.frames = self._frames()
         self.frame: Any = None
 
-    def decode(self, wanted: int, key: int) -> NDArray[np.uint8] | None:
+    def decode(self, wanted: int, key: int) -> Any:
         """The frame at ``wanted``, decoded from ``key`` at the latest, uint8 [H, W, 3] RGB, upright.
 
         In place of a frame that the decoder drops, the next one, if that comes soon; else StopIteration. None if only
@@ -340,24 +329,23 @@ def send_frames(path: str, share: Share, is_first: bool, outbox: Outbox) -> None
             if pixels is None:
                 decoder = Decoder(path, share, outbox, careful=True)
                 pixels = decoder.decode(wanted, key)
-                assert pixels is not None
             if is_first and last is None:
                 outbox.send_json(b"O", width=pixels.shape[1], height=pixels.shape[0])
             outbox.send(b"F", pixels.data.cast("B"))
             num_sent, last = num_sent + 1, wanted
     except (av.error.FFmpegError, StopIteration) as error:
-        raise _failure(error, share, share.numbers[num_sent]) from error
+        raise _failure(error, share, share.times_s[num_sent]) from error
 
 
-def _failure(error: Exception, share: Share, number: int) -> Exception:
+def _failure(error: Exception, share: Share, time_s: float) -> Exception:
     """What stopped the decoder: not every codec tells a refused allocation from damaged data."""
     if isinstance(error, MemoryError):
         return error
     try:
-        mmap.mmap(-1, SPARE_NBYTES + SPARE_FRAMES * share.width * share.height * 3).close()
+        spare_nbytes = SPARE_NBYTES + SPARE_FRAMES * share.width * share.height * 3
+        mmap.mmap(-1, spare_nbytes, flags=mmap.MAP_PRIVATE).close()  # shared memory would not count
     except (OSError, MemoryError):
         return MemoryError()
-    time_s = number * share.interval_s
     return Refused("VideoDamaged", f"The video cannot be decoded at about {time_s:.1f} s: it is damaged or cut off.")
 
 
@@ -380,44 +368,38 @@ def main() -> None:
     outbox = Outbox(os.dup(1), job["stall_s"])
     os.dup2(2, 1)  # whatever a library prints must not reach the protocol
     try:
-        if not job["is_first"] or send_index(job["path"], outbox):
-            decode_share(job, outbox)
+        if job["is_first"]:
+            send_index(job["path"], outbox)
+        share = Share(**receive())
+        limit_process(share.memory_nbytes, job["cpu_s"])
+        outbox.ahead_nbytes = share.ahead_nbytes
+        send_frames(job["path"], share, job["is_first"], outbox)
+        outbox.send(b"E")
     except Refused as error:
-        outbox.send_json(b"X", error=error.error, message=str(error))
+        name, message = error.args
+        outbox.send_json(b"X", error=name, message=message)
     except MemoryError:
         message = "Decoding this video needs more memory than the server allows."
         outbox.send_json(b"X", error="VideoTooLarge", message=message)
     outbox.flush()
 
 
-def send_index(path: str, outbox: Outbox) -> bool:
-    """Send the index, await the plan, send where the frames lie; False if no plan came."""
+def send_index(path: str, outbox: Outbox) -> None:
+    """Send the index, await the plan, send where the frames lie."""
     import numpy as np
 
     index = read_index(path, outbox)
     outbox.send_json(b"I", duration_s=index.duration_s, width=index.width, height=index.height, tick_s=index.tick_s)
     plan = receive()
-    if plan is None:
-        return False
     numbers = np.arange(plan["first_frame"], plan["num_frames"])
     outbox.send(b"P", index.locate(numbers * plan["interval_s"]).tobytes())
-    return True
-
-
-def decode_share(job: dict[str, Any], outbox: Outbox) -> None:
-    """Await the share, send its frames."""
-    values = receive()
-    if values is not None:
-        share = Share(**values)
-        limit_process(share.memory_nbytes, job["cpu_s"])
-        outbox.ahead_nbytes = share.ahead_nbytes
-        send_frames(job["path"], share, job["is_first"], outbox)
-        outbox.send(b"E")
 
 
 def receive() -> Any:
-    """The reader's next message; None if it is gone."""
-    return json.loads(sys.stdin.buffer.readline() or "null")
+    line = sys.stdin.buffer.readline()
+    if not line:
+        os._exit(0)  # the reader is gone
+    return json.loads(line)
 
 
 if __name__ == "__main__":
