@@ -43,7 +43,6 @@ def check(clip: Clip, sampling: Sampling, **arguments: object) -> VideoInfo:
 def test_each_sampled_frame_is_the_one_on_screen(clips: Clips, name: str) -> None:
     suffix, arguments = CLIPS[name]
     clip = clips(suffix, **arguments)
-    check(clip, Sampling(1.0))
     check(clip, Sampling(7.3), num_threads=1)
     check(clip, Sampling(40.0, max_frames=23))
 
