@@ -202,8 +202,8 @@ class VideoReader:
         first.send(self._shares[0])
         try:
             opened = first.receive_json(b"O")
-        except VideoTooLarge:
-            self._start_over(self._first_frame)
+        except VideoTooLarge as error:
+            self._start_over(self._first_frame, error)
         else:
             width, height = number(opened, "width"), number(opened, "height")
             self._check_size(duration_s, width, height)
@@ -262,15 +262,14 @@ class VideoReader:
         turn = self._split.turns[index - self._first_frame]
         try:
             self._processes[turn].receive_bytes(b"F", frame)
-        except VideoTooLarge:
-            self._start_over(index)
+        except VideoTooLarge as error:
+            self._start_over(index, error)
             self._processes[0].receive_bytes(b"F", frame)
 
-    def _start_over(self, first_frame: int) -> None:
-        """Where a process's part of the memory does not suffice, one gets all of it; raises what is being handled if
-        that was so."""
+    def _start_over(self, first_frame: int, error: VideoTooLarge) -> None:
+        """Where a process's part of the memory does not suffice, one gets all of it; raises ``error`` if one had."""
         if self._split.num_processes == 1:
-            raise
+            raise error
         self._end_processes()
         self._processes = []
         self._first_frame = first_frame

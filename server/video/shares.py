@@ -40,7 +40,7 @@ class Split:
     and the amount of work decide.
 
     ``turns`` [frames] tells which process decodes each frame; ``memory_nbytes`` is for each of them, and
-    ``ahead_nbytes`` of it for frames that wait for the reader: two segments.
+    ``ahead_nbytes`` of it for frames that wait for the reader: one segment or two.
     """
 
     def __init__(
@@ -49,14 +49,15 @@ class Split:
         _, key_pts, num_decoded = places
         segments = np.cumsum(np.append(False, key_pts[1:] != key_pts[:-1]))
         longest = int(np.bincount(segments).max())
-        self.ahead_nbytes = 2 * longest * frame_nbytes
-        process_nbytes = PROCESS_NBYTES + DECODER_PICTURES * frame_nbytes + self.ahead_nbytes
+        segment_nbytes = longest * frame_nbytes
+        process_nbytes = PROCESS_NBYTES + DECODER_PICTURES * frame_nbytes
         if max_processes is None:
             num_pixels = float(num_decoded.sum()) * frame_nbytes / 3
             max_processes = min(num_cores(), math.ceil(num_pixels / MIN_PIXELS))
-        most = min(max_processes, int(segments[-1]) + 1, memory_nbytes // process_nbytes)
+        most = min(max_processes, int(segments[-1]) + 1, memory_nbytes // (process_nbytes + segment_nbytes))
         self.num_processes = max(1, most)
         self.memory_nbytes = memory_nbytes // self.num_processes
-        if self.num_processes == 1:
-            self.ahead_nbytes = 0
+        self.ahead_nbytes = 0
+        if self.num_processes > 1:  # one process is ahead of the reader as it is
+            self.ahead_nbytes = min(2 * segment_nbytes, self.memory_nbytes - process_nbytes)
         self.turns: NDArray[np.int64] = segments % self.num_processes

@@ -13,11 +13,11 @@ Protocol, on pipes: each message out is a kind (one byte), a length (uint32, big
 in is a line of JSON.
 
 ====  =================================================================================================
-I     JSON ``{"duration_s", "width", "height", "tick_s"}``, as coded; then the plan is awaited,
-      ``{"interval_s", "first_frame", "num_frames"}``
+I     JSON ``{"duration_s", "width", "height", "tick_s"}``; then awaits ``{"interval_s", "first_frame",
+      "num_frames"}``
 P     int64 [3, frames]: each wanted frame's presentation time, that of the keyframe to decode it from (or
       START_PTS), and how many frames to decode on top of those before it; then :class:`Share` is awaited
-O     JSON ``{"width", "height"}``, upright: the first frame of the share was decoded
+O     JSON ``{"width", "height"}``, upright: the first frame was decoded
 F     one frame, raw RGB [height, width, 3], for the next instant of the share
 T     nothing: a sign of life while frames between two instants are decoded or the index is read
 E     nothing: all frames were sent
@@ -66,8 +66,7 @@ class Refused(Exception):  # noqa: N818
 class Outbox:
     """Sends messages to the reader, from a thread: decoding runs ahead by ``ahead_nbytes``, or by one message.
 
-    Between two messages the process may take ``stall_s``, then the kernel ends it: the reader would have killed it by
-    then, so this only matters when the reader itself is gone.
+    Between two messages the process may take ``stall_s``, then the kernel ends it, in case the reader is gone.
     """
 
     def __init__(self, fd: int, stall_s: float) -> None:
@@ -152,9 +151,7 @@ class Index:
 @dataclass(frozen=True)
 class Share:
     """What one process is to decode: the frames on screen at ``times_s``, which lie as message P tells.
-
-    ``memory_nbytes`` is this process's part of the limit, ``ahead_nbytes`` how far it may run ahead of the reader.
-    """
+    ``memory_nbytes`` is this process's part of the limit, ``ahead_nbytes`` how far it may run ahead of the reader."""
 
     times_s: list[float]
     pts: list[int]
@@ -251,9 +248,8 @@ def _check_complete(container: Any, stream: Any, num_packets: int, present_s: fl
 class Decoder:
     """Decodes presented frames by their presentation times, forward only.
 
-    It seeks to keyframes, and in H.264 it skips frames that are neither wanted nor referred to by others, which changes
-    no other frame. (Not so in HEVC, where frames of a higher temporal layer may still refer to them.) A ``careful``
-    one does neither.
+    It seeks to keyframes, and in H.264 it skips frames that are neither wanted nor referred to by others (in HEVC those
+    of a higher temporal layer may still refer to them). A ``careful`` one does neither.
     """
 
     def __init__(self, path: str, share: Share, outbox: Outbox, *, careful: bool = False) -> None:
@@ -351,12 +347,8 @@ def _failure(error: Exception, share: Share, time_s: float) -> Exception:
 
 def limit_process(memory_nbytes: int, cpu_s: int) -> None:
     """Limit what this process may take; it also writes no files and leaves no core."""
-    for limit, value in (
-        (resource.RLIMIT_DATA, memory_nbytes),
-        (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
+    for name, value in (("DATA", memory_nbytes), ("CPU", cpu_s), ("FSIZE", 0), ("CORE", 0)):
+        limit = getattr(resource, f"RLIMIT_{name}")
         _, hard = resource.getrlimit(limit)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
@@ -364,6 +356,7 @@ def limit_process(memory_nbytes: int, cpu_s: int) -> None:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
+    os.nice(5)  # questions that are being answered come first
     limit_process(job["memory_nbytes"], job["cpu_s"])
     outbox = Outbox(os.dup(1), job["stall_s"])
     os.dup2(2, 1)  # whatever a library prints must not reach the protocol

@@ -72,12 +72,13 @@ class PeakMemory(threading.Thread):
         self.stop = threading.Event()
         self.parent_nbytes = self.worker_nbytes = 0
         self.num_workers = 0
+        self.others = psutil.Process().children()
 
     def run(self) -> None:
         process = psutil.Process()
         while not self.stop.wait(0.05):
             self.parent_nbytes = max(self.parent_nbytes, process.memory_info().rss)
-            children, nbytes = process.children(), 0
+            children, nbytes = [child for child in process.children() if child not in self.others], 0
             for child in children:
                 with suppress(psutil.NoSuchProcess):
                     nbytes += child.memory_info().rss
