@@ -18,10 +18,10 @@ from kvstore.base import NewBuffer, new_buffer
 
 Unread = TypeVar("Unread")
 
-BLOB_NBYTES = 64 << 20
-"""The largest blob that is read straight into pinned memory: a chunk's L-KV at 7B takes 28 to 42 MB."""
-PIECE_NBYTES = 4 << 20
-"""What lies elsewhere goes through pinned memory in pieces of this size, one filled while the other is copied."""
+STAGING_NBYTES = 64 << 20
+"""Pinned for each thread that reads: room for a chunk's L-KV, which takes 28 to 42 MB at 7B; a larger one goes without."""
+_ALIGNED = 64
+"""Bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Transfer:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for _ in range(num_threads):
-                self._staging.put(Staging(BLOB_NBYTES, PIECE_NBYTES, pinned=True))
+                self._staging.put(Staging(STAGING_NBYTES, pinned=True))
 
     def bring(
         self,
@@ -67,7 +67,7 @@ class Transfer:
         if self._stream is None:
             kv = read(new_buffer)
             return Arrival(prepare(kv), kv.nbytes) if isinstance(kv, ChunkKV) else kv
-        with self._borrowed() as staging:
+        with self._borrowed(self._stream) as staging:
             kv = read(staging.new_buffer)
             if not isinstance(kv, ChunkKV):
                 return kv
@@ -76,60 +76,58 @@ class Transfer:
                 return Arrival(prepared, kv.nbytes, self._stream.record_event())
 
     @contextmanager
-    def _borrowed(self) -> Iterator[Staging]:
+    def _borrowed(self, stream: torch.cuda.Stream) -> Iterator[Staging]:
         staging = self._staging.get()
         try:
+            staging.clear()
             yield staging
         finally:
+            staging.copied = stream.record_event()
             self._staging.put(staging)
 
 
 class Staging:
-    """Pinned memory through which one thread at a time has a GPU copy: room for one blob, and for two pieces of what
-    lies elsewhere. Nothing in it is changed before it has been copied."""
+    """Pinned memory from which a GPU copies by itself; one thread at a time uses it."""
 
-    def __init__(self, blob_nbytes: int, piece_nbytes: int, *, pinned: bool) -> None:
-        self._blob = torch.empty(blob_nbytes, dtype=torch.uint8, pin_memory=pinned)
-        self._pieces = [torch.empty(piece_nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-        self._left: dict[int, torch.cuda.Event] = {}
-        """Behind the last copy out of each: by 0 and 1 of the pieces, by 2 of the blob."""
+    def __init__(self, nbytes: int, *, pinned: bool) -> None:
+        self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        self._used = 0
+        self.copied: torch.cuda.Event | None = None
+        """Behind the last copy out of it."""
+
+    def clear(self) -> None:
+        """Makes all of it free, once it has been copied."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        self._used = 0
 
     def new_buffer(self, nbytes: int) -> memoryview:
-        """The room for a blob, in the place of the last one; ordinary memory if that is too small."""
-        if nbytes > len(self._blob):
-            return new_buffer(nbytes)
-        self._wait(2)
-        return self._blob.numpy()[:nbytes].data
+        """A part of it; ordinary memory where it has not enough left."""
+        room = self._take(nbytes)
+        return new_buffer(nbytes) if room is None else room.numpy().data
 
     def move(self, kv: ChunkKV, device: torch.device) -> ChunkKV:
-        """``kv`` on ``device``, copied there by the current stream; the thread waits for its own memory at most."""
+        """``kv`` on ``device``, copied by the current stream; nobody waits for that if there is room here, or ``kv``
+        lies here already."""
         positions = None if kv.positions is None else self._moved(kv.positions, device)
         keys, values = self._moved(kv.keys, device), self._moved(kv.values, device)
         return replace(kv, keys=keys, values=values, positions=positions)
 
     def _moved(self, tensor: Tensor, device: torch.device) -> Tensor:
-        there = torch.empty_like(tensor, device=device)
-        begin = self._blob.data_ptr()
-        if begin <= tensor.data_ptr() < begin + len(self._blob):
-            there.copy_(tensor, non_blocking=True)
-            self._note(2, device)
-            return there
-        source, target = (flat.reshape(-1).view(torch.uint8) for flat in (tensor, there))
-        size = len(self._pieces[0])
-        for number, start in enumerate(range(0, len(source), size)):
-            self._wait(number % 2)
-            piece = self._pieces[number % 2][: len(source) - start]
-            # As torch would copy it, but on this thread alone, of which there are several.
-            np.copyto(piece.numpy(), source[start : start + size].numpy())
-            target[start : start + size].copy_(piece, non_blocking=True)
-            self._note(number % 2, device)
-        return there
+        begin = self._memory.data_ptr()
+        if not begin <= tensor.data_ptr() < begin + len(self._memory):
+            room = self._take(tensor.nbytes)
+            if room is None:
+                return tensor.to(device, copy=True)
+            # As torch would copy it, but on this thread alone: others read beside it.
+            np.copyto(room.numpy(), tensor.reshape(-1).view(torch.uint8).numpy())
+            tensor = room.view(tensor.dtype).view(tensor.shape)
+        return tensor.to(device, copy=True, non_blocking=True)
 
-    def _note(self, place: int, device: torch.device) -> None:
-        if device.type == "cuda":
-            self._left[place] = torch.cuda.current_stream(device).record_event()
-
-    def _wait(self, place: int) -> None:
-        event = self._left.pop(place, None)
-        if event is not None:
-            event.synchronize()
+    def _take(self, nbytes: int) -> Tensor | None:
+        """uint8 [nbytes]"""
+        if nbytes > len(self._memory) - self._used:
+            return None
+        room = self._memory[self._used : self._used + nbytes]
+        self._used = min(len(self._memory), self._used + -(-nbytes // _ALIGNED) * _ALIGNED)
+        return room

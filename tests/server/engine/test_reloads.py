@@ -103,7 +103,7 @@ def test_the_next_best_and_the_last_selection_are_read_ahead(drive: Drive, four_
     first = driver.ask(record, dial=Dial(reload=1)).outcome
     until(settled(driver))
     ranked = sorted(range(4), key=lambda chunk: -first.scores[chunk])
-    assert store.reads == {chunk: 1 for chunk in ranked[:2]}, "selected, and next best"
+    assert store.reads == dict.fromkeys(ranked[:2], 1), "selected, and next best"
     assert metric(driver, "prefetched_chunks_total") == 1
     nbytes = metric(driver, "prefetched_bytes")
     assert nbytes > 0
