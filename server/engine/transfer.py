@@ -19,7 +19,7 @@ from kvstore.base import NewBuffer, new_buffer
 Unread = TypeVar("Unread")
 
 STAGING_NBYTES = 64 << 20
-"""Pinned for each thread that reads: room for a chunk's L-KV, which takes 28 to 42 MB at 7B; a larger one goes without."""
+"""Pinned for each thread that reads: room for a chunk's L-KV, which takes 28 to 42 MB at 7B."""
 _ALIGNED = 64
 """Bytes."""
 
