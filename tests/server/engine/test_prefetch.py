@@ -100,3 +100,13 @@ def test_without_room_nothing_is_read_ahead() -> None:
     assert prefetch.next() is None
     prefetch.hold((0, 0), arrival((0, 0)))
     assert prefetch.nbytes == 0 and prefetch.take((0, 0)) is None
+
+
+def test_what_is_expected_again_stays_and_the_rest_goes_first() -> None:
+    books = Books()
+    one, other, new = (key for key, size in SIZES.items() if size == 4)
+    for key in (one, other):
+        books.prefetch.hold(key, arrival(key))
+    books.prefetch.expect([wish(one), wish(new)])
+    assert books.read_all() == [new]
+    assert books.held == {one, new}
