@@ -14,6 +14,7 @@ from torch.nn import functional
 from compression.cache import KVCache
 from compression.rope import Rope
 from server.models.segment_attention import attention_over
+from server.models.slices import Slices, whole
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -220,6 +221,10 @@ class LanguageModel(nn.Module, ABC):
         behind the other, and every layer's queries, keys and values ``[heads, tokens, head_dim]`` before RoPE.
         ``num_layers`` stops early; the hidden states are then those behind that layer.
         """
+        return whole(self.slices(windows, num_layers))
+
+    def slices(self, windows: list[Window], num_layers: int | None = None) -> Slices[tuple[Tensor, list[QKV]]]:
+        """:meth:`forward` with a pause between layers. Meanwhile nobody else may use the windows' caches."""
         sizes = [len(window.embeddings) for window in windows]
         x = torch.cat([window.embeddings for window in windows])
         positions = _places(windows, sizes, x.device)
@@ -234,6 +239,8 @@ class LanguageModel(nn.Module, ABC):
             window.cache.reserve(size)
         projected: list[QKV] = []
         for index, module in enumerate(self.layers[:num_layers]):
+            if index:
+                yield
             layer = cast(LayerLike, module)
             q, k, v = layer.project(x, places)
             projected.append((q, k, v))

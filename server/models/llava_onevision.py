@@ -16,6 +16,7 @@ from transformers.image_utils import ChannelDimension
 from server.models import chatml
 from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
 from server.models.patches import read_preprocessing, resize
+from server.models.slices import Slices, through
 from server.models.transformers_decoder import read_rope
 from server.models.transformers_folder import TransformersFolder
 from server.video.frames import Frames
@@ -75,10 +76,12 @@ class OneVisionTower(nn.Module):
     def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> None:
         """See :meth:`VisionTower.num_positions`: contiguous."""
 
-    def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
-        """See :meth:`VisionTower.__call__`."""
-        side = self.settings.side
-        features = self._see(self._normal(pixels)[None]).pooler_output[0, :-1]  # the newline has its own place
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
+        """See :meth:`VisionTower.see`."""
+        side, normal = self.settings.side, self._normal(pixels)[None]
+        tower: Any = getattr(self.tower, "vision_model", self.tower)
+        seen = yield from through(lambda: self._see(normal), tower.encoder.layers)
+        features = seen.pooler_output[0, :-1]  # the newline has its own place
         return VisualTokens(features, side, side, np.stack([times_s, times_s], axis=1))
 
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:

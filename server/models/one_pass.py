@@ -22,6 +22,7 @@ from server.models.base import ModelSpec, PositionLimitError
 from server.models.decoder import LanguageModel, Window
 from server.models.decoder_model import DecoderModel, PromptConfig, stack
 from server.models.memory import CHEAPER, Memory, Past, longest_videos, room_to_ask
+from server.models.slices import Slices, whole
 from server.video.frames import Frames
 
 _MOST_FRAMES = 10_000_000
@@ -95,7 +96,7 @@ class VisionTower(Protocol):
     def preprocess(self, frames: Frames) -> Tensor:
         """See :meth:`server.models.base.VideoModel.preprocess`."""
 
-    def __call__(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
         """Preprocessed frames of one chunk, on the model's device."""
 
     def num_tokens(self, num_frames: int, width: int, height: int) -> int:
@@ -144,8 +145,8 @@ class OnePassModel(DecoderModel):
         return self.vision.preprocess(frames)
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
-        return self.vision(pixels, times_s)
+    def encoding(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
+        return (yield from self.vision.see(pixels, times_s))
 
     def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
         return self.vision.num_tokens(num_frames, width, height)
@@ -206,11 +207,16 @@ class OnePassPrefill:
         self._start = cache.next_position
         self._memory = Memory(cache, Past.of(mode))
 
-    @torch.inference_mode()
     def append(self, features: VisualTokens, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
+        return whole(self.appending(features, last=last))
+
+    @torch.inference_mode()
+    def appending(self, features: VisualTokens, *, last: bool) -> Slices[tuple[ChunkKV, ChunkKV]]:
+        """See :meth:`server.models.base.Prefill.appending`."""
         config = self._model.compression
-        raw = self._read(features, last)
+        raw = yield from self._read(features, last)
+        yield
         kept = both_levels(COMPRESSORS[config.compressor], raw, config.low_ratio, config.high_ratio)
         low, high = (raw.with_others(part.kv) for part in kept)
         self._memory.append(low, high)
@@ -219,9 +225,9 @@ class OnePassPrefill:
     @torch.inference_mode()
     def append_raw(self, features: VisualTokens, *, last: bool) -> RawChunk:
         """The same without compression: all that follows sees the chunk as it is. Raises PositionLimitError."""
-        raw = self._read(features, last)
-        whole = raw.with_others(raw.kv)
-        self._memory.append(whole, whole)
+        raw = whole(self._read(features, last))
+        kept = raw.with_others(raw.kv)
+        self._memory.append(kept, kept)
         return raw
 
     @torch.inference_mode()
@@ -229,7 +235,7 @@ class OnePassPrefill:
         """See :meth:`server.models.base.Prefill.restore`."""
         self._memory.append(low, high)
 
-    def _read(self, tokens: VisualTokens, last: bool) -> RawChunk:
+    def _read(self, tokens: VisualTokens, last: bool) -> Slices[RawChunk]:
         """The next chunk's own KVs. Raises PositionLimitError."""
         model, memory = self._model, self._memory.cache
         layout = model.vision.lay_out(tokens, self._start, memory.next_position, last=last)
@@ -242,7 +248,7 @@ class OnePassPrefill:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
-        _, projected = model.decoder([window])
+        _, projected = yield from model.decoder.slices([window])
         kv = stack(projected, None, "low", 1)
         if layout.positions is not None:
             kv = replace(kv, positions=positions.to(torch.int32)[:, None, None], next_position=layout.next_position)

@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from server.models.hub import read_json
 from server.models.one_pass import Layout, VisualTokens
 from server.models.packed_attention import PackedAttention
+from server.models.slices import Slices, through, whole
 from server.models.tensors import CheckpointError
 from server.video.errors import VideoUnsupported
 from server.video.frames import Frames
@@ -202,14 +203,14 @@ class PatchTower(nn.Module, ABC):
 
     def see_image(self, image: Tensor) -> VisualTokens:
         """See :meth:`VisionTower.see_image`."""
-        return self._see(self.image_patches, image.to(self.visual.device), np.zeros(1))
+        return whole(self._see(self.image_patches, image.to(self.visual.device), np.zeros(1)))
 
     def lay_out_image(self, tokens: VisualTokens, next_position: int) -> Layout:
         """See :meth:`VisionTower.lay_out_image`."""
         return self.compose([BEFORE, Grid.of(tokens, torch.zeros(1).long()), AFTER], next_position)
 
-    def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
-        """See :meth:`VisionTower.__call__`."""
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
+        """See :meth:`VisionTower.see`."""
         return self._see(self.patches, pixels, times_s)
 
     def compose(self, parts: Sequence[str | Grid], next_position: int) -> Layout:
@@ -235,10 +236,11 @@ class PatchTower(nn.Module, ABC):
         others = self.words.embed(torch.tensor(ids, device=device))
         return Layout(positions, next_position, torch.tensor(is_visual, device=device), others)
 
-    def _see(self, kind: Patches, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
+    def _see(self, kind: Patches, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
         patches, (steps, height, width) = kind.flatten(pixels)
         grid = torch.tensor([[steps, height, width]], device=pixels.device)
-        output = self.visual(patches.to(self.visual.dtype), grid_thw=grid)
+        patches = patches.to(self.visual.dtype)
+        output = yield from through(lambda: self.visual(patches, grid_thw=grid), self.visual.blocks)
         deep = getattr(output, "deepstack_features", None)
         merge, depth = kind.merge_size, kind.temporal_patch_size
         first = times_s[::depth]

@@ -21,6 +21,7 @@ from server.models.decoder import Decoder, Window
 from server.models.decoder_model import DecoderModel, PromptConfig, stack
 from server.models.memory import Memory, longest_videos
 from server.models.positions import longest_video
+from server.models.slices import Slices, whole
 from server.video.frames import Frames
 
 
@@ -30,8 +31,8 @@ class FrameEncoder(Protocol):
     def preprocess(self, frames: Frames) -> Tensor:
         """See :meth:`VideoModel.preprocess`."""
 
-    def __call__(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
-        """See :meth:`VideoModel.encode`."""
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[Tensor]:
+        """See :meth:`VideoModel.encoding`."""
 
 
 class VideoXL(DecoderModel):
@@ -63,8 +64,8 @@ class VideoXL(DecoderModel):
         return self._encoder().preprocess(frames)
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
-        return self._encoder()(pixels, times_s)
+    def encoding(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[Tensor]:
+        return (yield from self._encoder().see(pixels, times_s))
 
     def prefill(self, mode: str | None = None) -> VideoXLPrefill:
         return VideoXLPrefill(self, mode or self.compression.prefill_mode)
@@ -124,14 +125,21 @@ class VideoXLPrefill:
         self._low = self._high = _Pass(Memory(cache, self._compression.past))
         self._num_chunks = 0
 
-    @torch.inference_mode()
     def append(self, features: Tensor, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
+        return whole(self.appending(features, last=last))
+
+    @torch.inference_mode()
+    def appending(self, features: Tensor, *, last: bool) -> Slices[tuple[ChunkKV, ChunkKV]]:
+        """See :meth:`server.models.base.Prefill.appending`."""
         low_ratio, high_ratio = self._compression.ratios(first=self._num_chunks == 0, last=last)
         self._begin_chunk(low_ratio, high_ratio)
-        low = self._compress(self._low, features, low_ratio, "low")
-        one = self._high is self._low
-        high = replace(low, level="high") if one else self._compress(self._high, features, high_ratio, "high")
+        low = yield from self._compress(self._low, features, low_ratio, "low")
+        if self._high is self._low:
+            high = replace(low, level="high")
+        else:
+            yield
+            high = yield from self._compress(self._high, features, high_ratio, "high")
         self._remember(low, high)
         return low, high
 
@@ -165,7 +173,7 @@ class VideoXLPrefill:
         is_vst, state.carry = interleave(num_visual_tokens, ratio, state.carry, close=reset)
         return is_vst
 
-    def _compress(self, state: _Pass, features: Tensor, ratio: int, level: Level) -> ChunkKV:
+    def _compress(self, state: _Pass, features: Tensor, ratio: int, level: Level) -> Slices[ChunkKV]:
         model = self._model
         window, is_vst = features, self._place_vsts(state, len(features), ratio)
         if is_vst is not None:
@@ -175,7 +183,7 @@ class VideoXLPrefill:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
-        _, projected = model.decoder([Window(window, state.memory.cache, is_vst)])
+        _, projected = yield from model.decoder.slices([Window(window, state.memory.cache, is_vst)])
         return stack(projected, is_vst, level, ratio)
 
 

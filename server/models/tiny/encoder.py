@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.models.decoder import RMSNorm
+from server.models.slices import Slices, whole
 from server.models.tiny.preprocess import resize
 from server.video.frames import Frames
 
 EPS = 1e-6
+_FRAMES_A_SLICE = 8
 
 
 class Residual(nn.Module):
@@ -115,8 +117,17 @@ class TinyEncoder(nn.Module):
 
     def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
         """uint8 [T, 3, 64, 96] and times in seconds -> visual tokens [T * 4, size]."""
+        return whole(self.see(pixels, times_s))
+
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[Tensor]:
+        """The same in slices."""
         weight = self.position
         x = pixels.to(weight.device, weight.dtype) / 255
         # Sampling grids like 0.1 s * 10 fall just short of whole seconds.
         seconds = torch.from_numpy(np.floor(times_s + 1e-6)).long().to(weight.device)
-        return self.tokens(self.cells(x), seconds).flatten(0, 1)
+        cells = []
+        for frames in x.split(_FRAMES_A_SLICE):
+            if cells:
+                yield
+            cells.append(self.cells(frames))
+        return self.tokens(torch.cat(cells), seconds).flatten(0, 1)
