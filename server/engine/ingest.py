@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from kvstore.manifest import ChunkRecord, Manifest
 from kvstore.resident import HighKV
 from kvstore.video import VideoStore
 from server.models.base import Prefill, VideoModel
+from server.models.slices import Slices
 from server.video.errors import VideoCancelled, VideoTooLarge
 from server.video.frames import Frames
 from server.video.reader import Sampling, VideoInfo, VideoLimits, VideoReader
@@ -55,7 +57,7 @@ class _Stored:
 
 class Ingest:
     """The prefill of one video: :meth:`run` on a thread of its own decodes, waits and commits, :meth:`step` on the
-    engine thread encodes and prefills one chunk, and ``writers`` put what that makes into the store.
+    engine thread encodes and prefills the chunks slice by slice, and ``writers`` put what that makes into the store.
 
     What lies in the store already is not computed again. A prefill that was cut off goes on at the first chunk that is
     missing; one that is to ``verify`` reads every chunk, and computes those that are damaged or gone.
@@ -93,6 +95,7 @@ class Ingest:
         self._mode = model.prefill_mode
         self._prefix: ChunkKV | None = None
         self._prefill: Prefill | None = None
+        self._slices: Slices[bool] | None = None
         self._high: list[ChunkKV] = []
         self._prefilled = threading.Event()
         self._ended = threading.Event()
@@ -108,9 +111,16 @@ class Ingest:
         return self._ended.is_set()
 
     @property
-    def has_chunk(self) -> bool:
-        """Whether :meth:`step` has something to do."""
-        return not self._queue.empty() and self._num_pending_writes < _WRITES_AHEAD
+    def within_chunk(self) -> bool:
+        """Whether a chunk is begun and not ended. On the engine thread."""
+        return self._slices is not None
+
+    @property
+    def has_slice(self) -> bool:
+        """Whether :meth:`step` has something to do, if only to let go of what it holds. On the engine thread."""
+        if self._failure is not None:
+            return self._prefill is not None
+        return self.within_chunk or (not self._queue.empty() and self._num_pending_writes < _WRITES_AHEAD)
 
     def run(self, path: Path, sampling: Sampling, limits: VideoLimits) -> tuple[Manifest, HighKV]:
         """Prefills and commits the video in the file ``path``; its table of contents and what stays on the device.
@@ -138,26 +148,24 @@ class Ingest:
             self._ended.set()
 
     def step(self) -> bool:
-        """Prefills the next chunk, or takes it as it was stored; whether it had to be computed.
+        """Runs the next slice; whether that ended a chunk that had to be computed.
 
-        A failure ends this ingest, and is raised by :meth:`run`.
+        A failure ends this ingest, and is raised by :meth:`run`. What its prefill holds on the device goes with the
+        next step then.
         """
-        item = self._queue.get_nowait()
         try:
-            if self._prefill is None:
-                self._prefix, self._prefill = self._model.prefix(), self._model.prefill(self._mode)
-            last = item.chunk.index == self._num_chunks - 1
-            if isinstance(item, _Stored):
-                self._restore(item, self._prefill)
-            else:
-                features = self._model.encode(item.pixels.to(self._model.device), item.times_s)
-                low, high = self._prefill.append(features, last=last)
-                self._write(item, low, high)
-            if last:
-                self._prefilled.set()
+            if self._failure is None:
+                self._slices = self._slices or self._next_chunk()
+                next(self._slices)
+                return False
+        except StopIteration as end:
+            self._slices = None
+            return bool(end.value)
         except Exception as error:
             self._abort(error)
-        return isinstance(item, _Decoded)
+        self._slices = self._prefill = None
+        self._high.clear()
+        return False
 
     def cancel(self) -> None:
         """Stops decoding and prefilling at once. From any thread."""
@@ -213,6 +221,26 @@ class Ingest:
         self._queue.put(item)
         self._wake()
         self._check()
+
+    def _next_chunk(self) -> Slices[bool]:
+        """Prefills the next chunk, or takes it as it was stored; whether it had to be computed."""
+        with suppress(queue.Empty):  # stopped this very moment
+            item = self._queue.get_nowait()
+            if self._prefill is None:
+                self._prefix, self._prefill = self._model.prefix(), self._model.prefill(self._mode)
+            last = item.chunk.index == self._num_chunks - 1
+            if isinstance(item, _Stored):
+                self._restore(item, self._prefill)
+            else:
+                pixels = item.pixels.to(self._model.device, non_blocking=True)
+                features = yield from self._model.encoding(pixels, item.times_s)
+                yield
+                low, high = yield from self._prefill.appending(features, last=last)
+                self._write(item, low, high)
+            if last:
+                self._prefilled.set()
+            return isinstance(item, _Decoded)
+        return False
 
     def _restore(self, stored: _Stored, prefill: Prefill) -> None:
         device = self._model.device
@@ -293,6 +321,7 @@ class Ingest:
             except queue.Empty:
                 break
         self._prefilled.set()
+        self._wake()
         return cause
 
 

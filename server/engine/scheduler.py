@@ -9,24 +9,32 @@ from dataclasses import dataclass
 from server.engine.ingest import Ingest
 from server.engine.question import Phase, Question
 
+_MOST_SLICES = 32
+"""Of one step."""
+_FADING = 0.98
+"""Of the time that a slice is expected to take, with every slice that takes less. Slow enough for the longest kind of a
+chunk to be remembered until the next chunk's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: at most one question is read for its scores, ``rows`` go through one forward pass together (prompts
-    and decodes alike), and at most one chunk of one upload is prefilled."""
+    """The questions' part of a step: at most one is read for its scores, and ``rows`` go through one forward pass
+    together (prompts and decodes alike)."""
 
     score: Question | None
     rows: list[Question]
-    ingest: Ingest | None
 
     def __bool__(self) -> bool:
-        return bool(self.score or self.rows or self.ingest)
+        return bool(self.score or self.rows)
 
 
 class Scheduler:
-    """The policy. Questions take a slot in order of arrival, uploads take turns chunk by chunk, and where both want
-    the engine each gets its share of the time: after a chunk of ``t`` seconds the questions run for
-    ``t * (1 - share) / share`` seconds before the next. So an upload never starves a stream, nor the other way round.
+    """The policy. Questions take a slot in order of arrival, and uploads take turns chunk by chunk.
+
+    Where both want the engine each gets its share of the time, in every single step: questions that ran for ``t``
+    seconds earn the uploads ``t * share / (1 - share)``, in which as many slices of a chunk's prefill run as are
+    expected to fit. A slice that is longer than what one step earns waits until enough steps have. So a stream waits
+    for no more than one slice, or for what its share says.
 
     Used by the engine thread alone.
     """
@@ -35,10 +43,11 @@ class Scheduler:
         if max_batch < 1 or not 0 < prefill_share < 1:
             raise ValueError("max_batch must be at least 1 and prefill_share between 0 and 1")
         self._max_batch = max_batch
-        self._questions_per_prefill_s = (1 - prefill_share) / prefill_share
+        self._prefill_per_question_s = prefill_share / (1 - prefill_share)
         self._questions: dict[str, Question] = {}
         self._ingests: deque[Ingest] = deque()
-        self._owed_s = 0.0
+        self._earned_s = 0.0
+        self._slice_s = 0.0
 
     def add(self, question: Question) -> None:
         self._questions[question.id] = question
@@ -71,24 +80,38 @@ class Scheduler:
     def plan(self) -> Plan:
         questions = self._questions.values()
         score = next((question for question in questions if question.phase is Phase.SCORE), None)
-        rows = [question for question in questions if question.phase in (Phase.PREFILL, Phase.DECODE)]
-        wanted = bool(score or rows)
-        return Plan(score, rows, None if wanted and self._owed_s > 0 else self._next_ingest())
+        return Plan(score, [question for question in questions if question.phase in (Phase.PREFILL, Phase.DECODE)])
 
-    def account_questions(self, took_s: float) -> None:
-        """Tells how long a step's questions took."""
-        self._owed_s = max(0.0, self._owed_s - took_s)
+    def account(self, plan: Plan, questions_s: float, prefill_s: float, num_slices: int) -> None:
+        """Tells how long a step's questions took, and the ``num_slices`` that have ended since the last step's."""
+        if num_slices:
+            fading_s = self._slice_s * _FADING**num_slices
+            self._slice_s = max(prefill_s / num_slices, fading_s)
+        if not plan:
+            self._earned_s = 0.0
+            return
+        earned_s = questions_s * self._prefill_per_question_s
+        # What could not be spent is no reason to hold the questions up for longer later on.
+        self._earned_s = min(self._earned_s - prefill_s + earned_s, max(earned_s, self._slice_s))
 
-    def account_prefill(self, took_s: float) -> None:
-        """Tells how long a step's chunk took."""
-        self._owed_s = took_s * self._questions_per_prefill_s
+    def slices(self, plan: Plan) -> tuple[Ingest | None, int]:
+        """Whose slices follow a step's questions, and how many at most."""
+        if not plan:
+            num_slices = 1
+        elif self._slice_s:
+            num_slices = min(int(self._earned_s / self._slice_s), _MOST_SLICES)
+        else:
+            num_slices = int(self._earned_s > 0)
+        return (self._next_ingest() if num_slices > 0 else None), num_slices
 
     def _next_ingest(self) -> Ingest | None:
         for _ in range(len(self._ingests)):
-            ingest = self._ingests.popleft()
-            if ingest.ended:
-                continue
-            self._ingests.append(ingest)
-            if ingest.has_chunk:
+            ingest = self._ingests[0]
+            if ingest.within_chunk:
+                return ingest
+            self._ingests.popleft()
+            if ingest.has_slice or not ingest.ended:
+                self._ingests.append(ingest)
+            if ingest.has_slice:
                 return ingest
         return None
