@@ -184,9 +184,9 @@ class Engine:
         if plan.rows:
             self._forward(plan.rows)
         self._account(plan)
-        ingest, num_slices = self._scheduler.slices(plan)
+        ingest, room_s = self._scheduler.prefill(plan)
         if ingest:
-            self._lane.run(ingest, num_slices)
+            self._lane.run(ingest, room_s)
         return bool(plan or ingest)
 
     # On the engine thread from here on, unless said otherwise.
@@ -286,8 +286,8 @@ class Engine:
     def _account(self, plan: Plan) -> None:
         """All the time since the last step's questions that no slice has taken is the questions'."""
         last_s, self._lap_s = self._lap_s, time.perf_counter()
-        prefill_s, num_slices = self._lane.collect()
-        self._scheduler.account(plan, max(0.0, self._lap_s - last_s - prefill_s), prefill_s, num_slices)
+        prefill_s = self._lane.collect()
+        self._scheduler.account(plan, max(0.0, self._lap_s - last_s - prefill_s), prefill_s)
 
     def _forward(self, questions: list[Question]) -> None:
         self.metrics.batch.observe(len(questions))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,14 +17,22 @@ _IN_FLIGHT = 2
 _Mark = torch.cuda.Event | float
 
 
+@dataclass(slots=True)
+class _Chunk:
+    """One chunk's slices: how many were run, and the seconds of those that are known to have ended."""
+
+    num_run: int = 0
+    times_s: list[float] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class _Slice:
+    ingest: Ingest
+    chunk: _Chunk
     begin: _Mark
     end: _Mark
     computed: bool
     """It was the last of a chunk that has been computed."""
-    at_end: bool
-    """Nothing of the same chunk follows."""
 
 
 class Lane:
@@ -34,31 +43,44 @@ class Lane:
 
     def __init__(self, device: torch.device, on_chunk: Callable[[float], None]) -> None:
         """``on_chunk`` gets the seconds that every computed chunk took, all its slices together."""
-        self._on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._on_chunk = on_chunk
         self._pending: deque[_Slice] = deque()
-        self._chunk_s = 0.0
         self._took_s = 0.0
-        self._num_taken = 0
+        self._chunk = _Chunk()
+        self._last: WeakKeyDictionary[Ingest, list[float]] = WeakKeyDictionary()
+        """The times of the last chunk that was computed: those of the next one's slices will be about the same."""
 
-    def run(self, ingest: Ingest, num_slices: int) -> None:
-        """At most so many, and of one chunk only. Waits until there are few enough before them."""
-        for _ in range(num_slices):
-            while len(self._pending) >= max(_IN_FLIGHT, num_slices):
-                self._take(wait=True)
-            begin = self._mark()
-            computed = ingest.step()
-            self._pending.append(_Slice(begin, self._mark(), computed, not ingest.within_chunk))
-            if not ingest.within_chunk:
-                break
+    def run(self, ingest: Ingest, room_s: float) -> None:
+        """One slice, and as many more of the same chunk as are expected to end within ``room_s`` with it."""
+        expected_s = self._expected_s(ingest)
+        self._run(ingest)
+        while ingest.within_chunk and (expected_s := expected_s + self._expected_s(ingest)) <= room_s:
+            self._run(ingest)
 
-    def collect(self) -> tuple[float, int]:
-        """The seconds of those that have ended since the last call, and their number. Does not wait."""
+    def collect(self) -> float:
+        """The seconds of the slices that have ended since the last call. Does not wait."""
         while self._pending and self._take(wait=False):
             pass
-        found = self._took_s, self._num_taken
-        self._took_s, self._num_taken = 0.0, 0
-        return found
+        took_s, self._took_s = self._took_s, 0.0
+        return took_s
+
+    def _expected_s(self, ingest: Ingest) -> float:
+        """Of the next slice: what the same one of the chunk before took; a first chunk's may take any time."""
+        last = self._last.get(ingest, [])
+        place = self._chunk.num_run
+        return last[place] if place < len(last) else max(last, default=float("inf"))
+
+    def _run(self, ingest: Ingest) -> None:
+        while len(self._pending) >= _IN_FLIGHT:
+            self._take(wait=True)
+        chunk = self._chunk
+        begin = self._mark()
+        computed = ingest.step()
+        self._pending.append(_Slice(ingest, chunk, begin, self._mark(), computed))
+        chunk.num_run += 1
+        if not ingest.within_chunk:
+            self._chunk = _Chunk()
 
     def _take(self, *, wait: bool) -> bool:
         """Takes the first of those pending, if it has ended."""
@@ -66,7 +88,7 @@ class Lane:
         if isinstance(first.begin, torch.cuda.Event) and isinstance(first.end, torch.cuda.Event):
             if wait:
                 first.end.synchronize()
-            elif not first.end.query():
+            elif not first.end.query():  # type: ignore[no-untyped-call]
                 return False
             took_s = first.begin.elapsed_time(first.end) / 1000
         else:
@@ -74,17 +96,15 @@ class Lane:
             took_s = first.end - first.begin
         self._pending.popleft()
         self._took_s += took_s
-        self._num_taken += 1
-        self._chunk_s += took_s
+        first.chunk.times_s.append(took_s)
         if first.computed:
-            self._on_chunk(self._chunk_s)
-        if first.at_end:
-            self._chunk_s = 0.0
+            self._last[first.ingest] = first.chunk.times_s
+            self._on_chunk(sum(first.chunk.times_s))
         return True
 
     def _mark(self) -> _Mark:
-        if not self._on_gpu:
+        if self._stream is None:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
         return event

@@ -9,12 +9,6 @@ from dataclasses import dataclass
 from server.engine.ingest import Ingest
 from server.engine.question import Phase, Question
 
-_MOST_SLICES = 32
-"""Of one step."""
-_FADING = 0.98
-"""Of the time that a slice is expected to take, with every slice that takes less. Slow enough for the longest kind of a
-chunk to be remembered until the next chunk's."""
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -31,10 +25,10 @@ class Plan:
 class Scheduler:
     """The policy. Questions take a slot in order of arrival, and uploads take turns chunk by chunk.
 
-    Where both want the engine each gets its share of the time, in every single step: questions that ran for ``t``
-    seconds earn the uploads ``t * share / (1 - share)``, in which as many slices of a chunk's prefill run as are
-    expected to fit. A slice that is longer than what one step earns waits until enough steps have. So a stream waits
-    for no more than one slice, or for what its share says.
+    Where both want the engine, each gets its share of the time, and in every single step: questions that ran for ``t``
+    seconds earn the uploads ``t * share / (1 - share)``. A slice of a chunk's prefill runs as soon as anything is
+    earned, and others behind it as far as they fit; one that is longer than that is paid for by the next steps, which
+    then have none. So a stream waits for what its share says, or for one slice.
 
     Used by the engine thread alone.
     """
@@ -46,8 +40,8 @@ class Scheduler:
         self._prefill_per_question_s = prefill_share / (1 - prefill_share)
         self._questions: dict[str, Question] = {}
         self._ingests: deque[Ingest] = deque()
+        self._turn: Ingest | None = None
         self._earned_s = 0.0
-        self._slice_s = 0.0
 
     def add(self, question: Question) -> None:
         self._questions[question.id] = question
@@ -82,36 +76,33 @@ class Scheduler:
         score = next((question for question in questions if question.phase is Phase.SCORE), None)
         return Plan(score, [question for question in questions if question.phase in (Phase.PREFILL, Phase.DECODE)])
 
-    def account(self, plan: Plan, questions_s: float, prefill_s: float, num_slices: int) -> None:
-        """Tells how long a step's questions took, and the ``num_slices`` that have ended since the last step's."""
-        if num_slices:
-            fading_s = self._slice_s * _FADING**num_slices
-            self._slice_s = max(prefill_s / num_slices, fading_s)
+    def account(self, plan: Plan, questions_s: float, prefill_s: float) -> None:
+        """Tells how long a step's questions took, and all the slices that have ended since the last step's."""
         if not plan:
             self._earned_s = 0.0
             return
         earned_s = questions_s * self._prefill_per_question_s
         # What could not be spent is no reason to hold the questions up for longer later on.
-        self._earned_s = min(self._earned_s - prefill_s + earned_s, max(earned_s, self._slice_s))
+        self._earned_s = min(self._earned_s - prefill_s + earned_s, earned_s)
 
-    def slices(self, plan: Plan) -> tuple[Ingest | None, int]:
-        """Whose slices follow a step's questions, and how many at most."""
+    def prefill(self, plan: Plan) -> tuple[Ingest | None, float]:
+        """Whose slices follow a step's questions, and for how many seconds; 0 where one slice a step will do, because
+        nobody waits for the end of the step."""
         if not plan:
-            num_slices = 1
-        elif self._slice_s:
-            num_slices = min(int(self._earned_s / self._slice_s), _MOST_SLICES)
-        else:
-            num_slices = int(self._earned_s > 0)
-        return (self._next_ingest() if num_slices > 0 else None), num_slices
+            return self._next_ingest(), 0.0
+        return (self._next_ingest() if self._earned_s > 0 else None), self._earned_s
 
     def _next_ingest(self) -> Ingest | None:
+        """The one whose turn it is, until its chunk ends; then the next that has something to do."""
+        if self._turn is not None and self._turn.within_chunk:
+            return self._turn
+        self._turn = None
         for _ in range(len(self._ingests)):
-            ingest = self._ingests[0]
-            if ingest.within_chunk:
-                return ingest
-            self._ingests.popleft()
-            if ingest.has_slice or not ingest.ended:
+            ingest = self._ingests.popleft()
+            has_slice = ingest.has_slice
+            if has_slice or not ingest.ended:
                 self._ingests.append(ingest)
-            if ingest.has_slice:
-                return ingest
-        return None
+            if has_slice:
+                self._turn = ingest
+                break
+        return self._turn

@@ -14,6 +14,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from server.models.patches import resize
 from server.models.slices import Slices, through, whole
+from server.models.transfer import to_device
 from server.video.frames import Frames
 
 CLIP_L_14_336: dict[str, Any] = {
@@ -94,6 +95,6 @@ class ClipEncoder(nn.Module):
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 [T, 3, h, w] -> float32, by CLIP's mean and deviation, rounded where CLIPImageProcessor rounds."""
     mean, std = (
-        torch.tensor(each, device=pixels.device)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        to_device(torch.tensor(each), pixels.device)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     )
     return ((pixels.double() * (1 / 255)).float() - mean) / std

@@ -17,6 +17,7 @@ from server.models import chatml
 from server.models.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
 from server.models.patches import read_preprocessing, resize
 from server.models.slices import Slices, through
+from server.models.transfer import to_device
 from server.models.transformers_decoder import read_rope
 from server.models.transformers_folder import TransformersFolder
 from server.video.frames import Frames
@@ -88,7 +89,7 @@ class OneVisionTower(nn.Module):
         """See :meth:`VisionTower.lay_out`."""
         if not last:
             return Layout()
-        is_visual = torch.ones(len(tokens.features) + 1, dtype=torch.bool, device=tokens.features.device)
+        is_visual = torch.ones(len(tokens.features) + 1, dtype=torch.bool)
         is_visual[-1] = False
         return Layout(is_visual=is_visual, others=self.newline[None])
 
@@ -130,7 +131,8 @@ class OneVisionTower(nn.Module):
 
     def _normal(self, pixels: Tensor) -> Tensor:
         mean, std = (
-            torch.tensor(each, device=pixels.device)[:, None, None] for each in (self.settings.mean, self.settings.std)
+            to_device(torch.tensor(each), pixels.device)[:, None, None]
+            for each in (self.settings.mean, self.settings.std)
         )
         return ((pixels.float() / 255 - mean) / std).to(self.newline.dtype)
 

@@ -23,6 +23,7 @@ from server.models.decoder import LanguageModel, Window
 from server.models.decoder_model import DecoderModel, PromptConfig, stack
 from server.models.memory import CHEAPER, Memory, Past, longest_videos, room_to_ask
 from server.models.slices import Slices, whole
+from server.models.transfer import indices, to_device
 from server.video.frames import Frames
 
 _MOST_FRAMES = 10_000_000
@@ -78,6 +79,7 @@ class Layout:
     Where other tokens stand among the visual ones, ``is_visual`` [tokens] tells which is which and ``others``
     [n, hidden] are the embeddings of the former, which are never compressed. ``positions`` is int64 [axes, tokens], and
     what follows goes on at ``next_position``; None: one token behind the other, the others behind the visual ones.
+    All but ``others`` lies on the CPU.
     """
 
     positions: Tensor | None = None
@@ -239,20 +241,21 @@ class OnePassPrefill:
         """The next chunk's own KVs. Raises PositionLimitError."""
         model, memory = self._model, self._memory.cache
         layout = model.vision.lay_out(tokens, self._start, memory.next_position, last=last)
-        window, visual = _arrange(tokens, layout, memory)
+        window, is_visual = _arrange(tokens, layout, memory)
         positions = layout.positions
         if positions is None:
-            start = memory.next_position
-            positions = torch.arange(start, start + len(window.embeddings), device=model.device)
+            positions = torch.arange(len(is_visual)) + memory.next_position
         if int(positions.max()) >= model.spec.max_positions:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
         _, projected = yield from model.decoder.slices([window])
         kv = stack(projected, None, "low", 1)
+        positions = to_device(positions, model.device)
         if layout.positions is not None:
             kv = replace(kv, positions=positions.to(torch.int32)[:, None, None], next_position=layout.next_position)
-        asking = visual.nonzero()[-_NUM_QUERIES:, 0]
+        visual = indices(is_visual, model.device)
+        asking = visual[-_NUM_QUERIES:]
         return RawChunk(
             kv=kv.take(visual),
             positions=positions[..., visual],
@@ -260,21 +263,22 @@ class OnePassPrefill:
             query_positions=positions[..., asking],
             rope=model.rope,
             tokens_per_frame=tokens.rows * tokens.columns,
-            others=kv.take(~visual) if layout.others is not None else None,
+            others=kv.take(indices(~is_visual, model.device)) if layout.others is not None else None,
         )
 
 
 def _arrange(tokens: VisualTokens, layout: Layout, cache: KVCache) -> tuple[Window, Tensor]:
-    """What the model reads of a chunk or an image, and which of it is visual: bool [tokens]."""
-    features, is_visual = tokens.features, layout.is_visual
-    placed = partial(Window, cache=cache, positions=layout.positions, next_position=layout.next_position)
+    """What the model reads of a chunk or an image, and which of it is visual: bool [tokens] on the CPU."""
+    features, is_visual, device = tokens.features, layout.is_visual, tokens.features.device
+    positions = None if layout.positions is None else to_device(layout.positions, device)
+    placed = partial(Window, cache=cache, positions=positions, next_position=layout.next_position)
     if is_visual is None or layout.others is None:
-        every = torch.ones(len(features), dtype=torch.bool, device=features.device)
-        return placed(features, deep=tokens.deep), every
+        return placed(features, deep=tokens.deep), torch.ones(len(features), dtype=torch.bool)
     embeddings = features.new_empty((len(is_visual), features.shape[1]))
-    embeddings[is_visual], embeddings[~is_visual] = features, layout.others.to(features.dtype)
+    visual, others = indices(is_visual, device), indices(~is_visual, device)
+    embeddings[visual], embeddings[others] = features, layout.others.to(features.dtype)
     deep = None
     if tokens.deep is not None:
         deep = features.new_zeros((len(tokens.deep), *embeddings.shape))
-        deep[:, is_visual] = tokens.deep
+        deep[:, visual] = tokens.deep
     return placed(embeddings, deep=deep), is_visual

@@ -12,8 +12,8 @@ T = TypeVar("T")
 Slices = Generator[None, None, T]
 """Work that pauses at every ``yield``, and its result. Whoever does not want it any more closes it."""
 
-_BLOCKS_A_SLICE = 8
-"""Of a vision tower: together they cost about as much as one layer of the language model behind it."""
+_BLOCKS_A_SLICE = 4
+"""Of a vision tower: together they cost about as much as half a layer of the language model behind it."""
 
 
 def whole(slices: Slices[T]) -> T:

@@ -17,7 +17,7 @@ from compression.kv import ChunkKV, Level
 from compression.score import Scorer
 from server.models.base import ModelSpec, PositionLimitError
 from server.models.compression_config import CompressionConfig
-from server.models.decoder import Decoder, Window
+from server.models.decoder import Decoder, Places, Window
 from server.models.decoder_model import DecoderModel, PromptConfig, stack
 from server.models.memory import Memory, longest_videos
 from server.models.positions import longest_video
@@ -86,10 +86,12 @@ class VideoXL(DecoderModel):
         return num_visual if self.compression.low_ratio == 1 else len(self._image_vsts(num_visual))
 
     def place_vsts(self, features: Tensor, is_vst: Tensor) -> Tensor:
-        """Visual tokens ``[n, hidden]`` and VSTs where ``is_vst`` [window] is True -> the window's embeddings."""
+        """Visual tokens ``[n, hidden]`` and VSTs where ``is_vst`` [window], on the CPU, is True -> the window's
+        embeddings."""
         window = features.new_empty((len(is_vst), features.shape[1]))
-        window[~is_vst] = features
-        window[is_vst] = self.decoder.beacon_embed_tokens.weight[0]
+        places = Places.of(is_vst, features.device)
+        window.index_copy_(0, places.others, features)
+        window[places.vsts] = self.decoder.beacon_embed_tokens.weight[0]
         return window
 
     def _image_window(self, image: Tensor, cache: KVCache) -> Window:
@@ -97,7 +99,7 @@ class VideoXL(DecoderModel):
             return Window(image, cache)
         # Nothing of an image is compressed away. VSTs stand among its visual tokens all the same: a model that has
         # only ever answered from VSTs cannot read plain ones (the bundled one does not even notice them).
-        is_vst = self._image_vsts(len(image)).to(image.device)
+        is_vst = self._image_vsts(len(image))
         return Window(self.place_vsts(image, is_vst), cache, is_vst)
 
     def _image_vsts(self, num_visual: int) -> Tensor:
@@ -177,7 +179,6 @@ class VideoXLPrefill:
         model = self._model
         window, is_vst = features, self._place_vsts(state, len(features), ratio)
         if is_vst is not None:
-            is_vst = is_vst.to(features.device)
             window = model.place_vsts(features, is_vst)
         if state.memory.cache.length + len(window) > model.spec.max_positions:
             raise PositionLimitError(

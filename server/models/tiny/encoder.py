@@ -11,10 +11,12 @@ from torch.nn import functional
 from server.models.decoder import RMSNorm
 from server.models.slices import Slices, whole
 from server.models.tiny.preprocess import resize
+from server.models.transfer import to_device
 from server.video.frames import Frames
 
 EPS = 1e-6
-_FRAMES_A_SLICE = 8
+_FRAMES_A_SLICE = 4
+"""At least. A single frame runs through other kernels, which round in another way."""
 
 
 class Residual(nn.Module):
@@ -124,9 +126,9 @@ class TinyEncoder(nn.Module):
         weight = self.position
         x = pixels.to(weight.device, weight.dtype) / 255
         # Sampling grids like 0.1 s * 10 fall just short of whole seconds.
-        seconds = torch.from_numpy(np.floor(times_s + 1e-6)).long().to(weight.device)
-        cells = []
-        for frames in x.split(_FRAMES_A_SLICE):
+        seconds = to_device(torch.from_numpy(np.floor(times_s + 1e-6)).long(), weight.device)
+        cells: list[Tensor] = []
+        for frames in x.tensor_split(max(1, len(x) // _FRAMES_A_SLICE)):
             if cells:
                 yield
             cells.append(self.cells(frames))
