@@ -31,7 +31,7 @@ from random_checkpoint import FAMILIES, write_checkpoint
 
 from server.bench.circumstances import circumstances
 
-WIDTH, HEIGHT, FPS = 640, 360, 25
+WIDTH, HEIGHT, FPS = 320, 180, 10
 QUESTION = "Tell everything that is seen in the video, from the beginning to the end, whatever it may be."
 TEMPERATURE = 2.0
 """So that the bundled model, whose answers are a few words, goes on for longer."""
