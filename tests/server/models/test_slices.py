@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from server.models.registry import load
+from server.models.registry import load_model
 from server.models.slices import through, whole
 from server.models.tiny.encoder import TinyEncoder
 
@@ -79,7 +79,7 @@ def test_the_bundled_tower_in_slices(num_frames: int) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_prefill_never_waits_for_the_gpu() -> None:
-    model = load("tiny", device="cuda")
+    model = load_model("tiny", device="cuda")
     pixels = torch.randint(0, 256, (32, 3, 64, 96), dtype=torch.uint8)
     made = []
     for attempt in range(2):  # the first makes what is kept, and may wait
