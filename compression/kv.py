@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,8 +46,12 @@ class ChunkKV:
 
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same on ``device``; shared where it is there already."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return replace(self, keys=self.keys.to(device), values=self.values.to(device), positions=positions)
+        return self.brought(lambda tensor: tensor.to(device))
+
+    def brought(self, bring: Callable[[Tensor], Tensor]) -> ChunkKV:
+        """The same where ``bring`` takes tensors."""
+        positions = None if self.positions is None else bring(self.positions)
+        return replace(self, keys=bring(self.keys), values=bring(self.values), positions=positions)
 
     def moved(self, by: int) -> ChunkKV:
         """The same ``by`` positions further on (all axes), as behind another video; it must bring its positions."""

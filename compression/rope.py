@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ class Rope:
         steps = torch.arange(0, self.rotary_dim, 2, device=positions.device, dtype=torch.float32)
         by_channel = positions.float()[..., None]
         if self.sections and positions.ndim > 1:
-            by_channel = positions.float()[self._axis_of_channel(positions.device)].movedim(0, -1)
+            by_channel = positions.float()[_axis_of_channel(self, positions.device)].movedim(0, -1)
         # Written as in transformers: theta ** -x differs in the last bit, which counts at positions in the thousands.
         angles = by_channel * (1.0 / self.theta ** (steps / self.rotary_dim))
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -42,15 +43,17 @@ class Rope:
         a, b, rest = x[..., :half], x[..., half : self.rotary_dim], x[..., self.rotary_dim :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
-    def _axis_of_channel(self, device: torch.device) -> Tensor:
-        """int64 [rotary_dim // 2]"""
-        axes = range(len(self.sections))
-        if self.layout == "sectioned":
-            order = [axis for axis in axes for _ in range(self.sections[axis])]
-        else:
-            count = len(self.sections)
-            order = [0] * (self.rotary_dim // 2)
-            for axis in axes[1:]:
-                for channel in range(axis, count * self.sections[axis], count):
-                    order[channel] = axis
-        return torch.tensor(order, device=device)
+
+@lru_cache
+def _axis_of_channel(rope: Rope, device: torch.device) -> Tensor:
+    """int64 [rotary_dim // 2]; kept, because a GPU is waited for whenever a list is brought to it."""
+    axes = range(len(rope.sections))
+    if rope.layout == "sectioned":
+        order = [axis for axis in axes for _ in range(rope.sections[axis])]
+    else:
+        count = len(rope.sections)
+        order = [0] * (rope.rotary_dim // 2)
+        for axis in axes[1:]:
+            for channel in range(axis, count * rope.sections[axis], count):
+                order[channel] = axis
+    return torch.tensor(order, device=device)

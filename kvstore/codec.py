@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compression.kv import ChunkKV, Level
+from kvstore.base import new_buffer
 from kvstore.errors import CorruptBlob
 from kvstore.int8 import dequantize, quantize
 
@@ -24,7 +25,7 @@ _NAME_OF_STORED = {dtype: name for name, dtype in _STORED.items()}
 _LENGTH = struct.Struct("<Q")
 
 
-def encode(kv: ChunkKV, precision: Precision = "exact") -> bytearray:
+def encode(kv: ChunkKV, precision: Precision = "exact") -> memoryview:
     """``kv`` as one safetensors file: tensors ``keys`` and ``values`` [layers, kv_heads, tokens, head_dim].
 
     ``level`` and ``ratio`` stand in its metadata. With int8, ``keys.scales`` and ``values.scales`` stand beside them,
@@ -88,7 +89,7 @@ def decode(data: bytearray | memoryview) -> ChunkKV:
     return ChunkKV(keys, values, cast(Level, level), ratio, positions, next_position, num_others)
 
 
-def _pack(metadata: dict[str, str], tensors: dict[str, Tensor]) -> bytearray:
+def _pack(metadata: dict[str, str], tensors: dict[str, Tensor]) -> memoryview:
     """A safetensors file. Tensors of wider numbers must come first, so that all are aligned."""
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
@@ -102,7 +103,8 @@ def _pack(metadata: dict[str, str], tensors: dict[str, Tensor]) -> bytearray:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    data = bytearray(_LENGTH.size + len(text) + offset)
+    # A bytearray would be zeroed first, while no other thread may run.
+    data = new_buffer(_LENGTH.size + len(text) + offset)
     data[: _LENGTH.size + len(text)] = _LENGTH.pack(len(text)) + text
     start = _LENGTH.size + len(text)
     for tensor in tensors.values():

@@ -86,13 +86,15 @@ class Steps:
     def __init__(self, model: VideoXL) -> None:
         self._forwards: list[tuple[int, list[int]]] = []
         self._passes: list[list[tuple[int, list[int]]]] = [[], []]
-        self._hook = model.decoder.register_forward_hook(self._record)
+        self._decoder, self._slices = model.decoder, model.decoder.slices
+        model.decoder.slices = self._record
 
-    def _record(self, module: object, arguments: tuple[Any, ...], output: object) -> None:
-        (window,) = arguments[0]
+    def _record(self, windows: Any, num_layers: int | None = None) -> Any:
+        (window,) = windows
         plain = torch.zeros(len(window.embeddings), dtype=torch.bool)
         is_vst = plain if window.is_vst is None else window.is_vst
         self._forwards.append((window.cache.length, is_vst.int().tolist()))
+        return self._slices(windows, num_layers)
 
     def end_chunk(self) -> None:
         """Sorts what ran since the last chunk into the two passes; a forward that both share ran once."""
@@ -105,7 +107,7 @@ class Steps:
         self._forwards.clear()
 
     def compare(self, result: Comparison, case: Case) -> None:
-        self._hook.remove()
+        del self._decoder.slices
         if "steps/table" not in case:
             return
         table = case["steps/table"].tolist()

@@ -144,13 +144,13 @@ def _same(expected: ChunkKV, found: object) -> bool:
     return isinstance(found, ChunkKV) and found.keys.equal(expected.keys) and found.values.equal(expected.values)
 
 
-def _fill(store: Store, data: bytearray) -> None:
+def _fill(store: Store, data: memoryview) -> None:
     for index in range(_NUM_CHUNKS):
         store.put(_KEY.low(index), data)
 
 
 @contextmanager
-def _memory(data: bytearray, folder: Path, redis_url: str | None) -> Iterator[_Tier]:
+def _memory(data: memoryview, folder: Path, redis_url: str | None) -> Iterator[_Tier]:
     store = open_store("memory://")
     _fill(store, data)
     plain = [new_buffer(len(data)) for _ in range(_NUM_CHUNKS)]
@@ -168,7 +168,7 @@ def _memory(data: bytearray, folder: Path, redis_url: str | None) -> Iterator[_T
 
 
 @contextmanager
-def _disk(data: bytearray, folder: Path, redis_url: str | None) -> Iterator[_Tier]:
+def _disk(data: memoryview, folder: Path, redis_url: str | None) -> Iterator[_Tier]:
     with tempfile.TemporaryDirectory(dir=folder, prefix="x2l-reload-") as inside:
         store = open_store(f"disk:{inside}/store")
         _fill(store, data)
@@ -190,7 +190,7 @@ def _disk(data: bytearray, folder: Path, redis_url: str | None) -> Iterator[_Tie
 
 
 @contextmanager
-def _redis(data: bytearray, folder: Path, redis_url: str | None) -> Iterator[_Tier | None]:
+def _redis(data: memoryview, folder: Path, redis_url: str | None) -> Iterator[_Tier | None]:
     if redis_url is None:
         yield None
         return

@@ -22,7 +22,7 @@ from kvstore.video import VideoStore
 from server.engine.batch import draw
 from server.engine.caches import Caches, Copies, Shares
 from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, reply_to
-from server.engine.ingest import Ingest
+from server.engine.lane import Lane
 from server.engine.library import Library
 from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
@@ -31,7 +31,7 @@ from server.engine.reads import Reads
 from server.engine.reloads import Outcome, Reloads, Wanted
 from server.engine.request import Delta, Request
 from server.engine.residency import Residency
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import Plan, Scheduler
 from server.engine.transfer import Arrival
 from server.models.base import VideoModel
 from server.video.frames import Frames
@@ -59,6 +59,7 @@ class Engine:
         self._pool = ResidentPool(options.resident_nbytes, self._caches.resident)
         self._writers = ThreadPoolExecutor(options.writer_threads, "x2l-write")
         self._scheduler = Scheduler(max_batch=options.max_batch, prefill_share=options.prefill_share)
+        self._lap_s = 0.0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reads = Reads(options.reader_threads, self._inbox.put)
         self._thread = threading.Thread(target=self._run, name="x2l-engine", daemon=True)
@@ -109,6 +110,7 @@ class Engine:
             prefetch_nbytes=options.prefetch_nbytes if share else 0,
             repair=self.library.repair,
         )
+        self._lane = Lane(model.device, self.metrics.prefilled)
 
     @property
     def ready(self) -> bool:
@@ -184,18 +186,19 @@ class Engine:
             self._inbox.put(partial(self._fail, question, Cancelled("the request was cancelled")))
 
     def step(self) -> bool:
-        """One round: questions, all in one forward pass, and a chunk of an upload; whether there was anything to do."""
+        """One round: questions, all in one forward pass, and slices of an upload's prefill; whether there was anything
+        to do."""
         self._fill_slots()
         plan = self._scheduler.plan()
-        begin_s = time.perf_counter()
         if plan.score:
             self._attempt(plan.score, self._score)
         if plan.rows:
             self._forward(plan.rows)
-        self._scheduler.account_questions(time.perf_counter() - begin_s)
-        if plan.ingest:
-            self._prefill(plan.ingest)
-        return bool(plan)
+        self._account(plan)
+        ingest, room_s = self._scheduler.prefill(plan)
+        if ingest:
+            self._lane.run(ingest, room_s)
+        return bool(plan or ingest)
 
     # On the engine thread from here on, unless said otherwise.
 
@@ -209,6 +212,8 @@ class Engine:
                         self._residency.check_pool()
                     with suppress(queue.Empty):
                         self._inbox.get(block=not busy, timeout=self._reads.time_left_s())()
+                        if not busy:
+                            self._lap_s = time.perf_counter()
                         while not self._stopped:
                             self._inbox.get_nowait()()
                     self._reads.expire()
@@ -286,14 +291,11 @@ class Engine:
         question.reload(low)
         question.phase = Phase.PREFILL
 
-    def _prefill(self, ingest: Ingest) -> None:
-        begin_s = time.perf_counter()
-        computed = ingest.step()
-        took_s = time.perf_counter() - begin_s
-        self._scheduler.account_prefill(took_s)
-        if computed:
-            self.metrics.chunks.inc()
-            self.metrics.chunk_seconds.observe(took_s)
+    def _account(self, plan: Plan) -> None:
+        """All the time since the last step's questions that no slice has taken is the questions'."""
+        last_s, self._lap_s = self._lap_s, time.perf_counter()
+        prefill_s = self._lane.collect()
+        self._scheduler.account(plan, max(0.0, self._lap_s - last_s - prefill_s), prefill_s)
 
     def _forward(self, questions: list[Question]) -> None:
         self.metrics.batch.observe(len(questions))

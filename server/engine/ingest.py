@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
 from compression.chunk import Chunk
 from compression.kv import ChunkKV
@@ -24,24 +22,15 @@ from kvstore.key import Fingerprint, KVKey
 from kvstore.manifest import ChunkRecord, Manifest
 from kvstore.resident import HighKV
 from kvstore.video import VideoStore
+from server.engine.decoded import Decoded, collect
 from server.models.base import Prefill, VideoModel
+from server.models.slices import Slices
+from server.models.transfer import asked_so_far, pinned, to_device, to_host
 from server.video.errors import VideoCancelled, VideoTooLarge
-from server.video.frames import Frames
 from server.video.reader import Sampling, VideoInfo, VideoLimits, VideoReader
 
-THUMBNAIL_WIDTH = 320
 _CHUNKS_AHEAD = 2
 _WRITES_AHEAD = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoded:
-    """One chunk on its way to the model; ``pixels`` as :meth:`VideoModel.preprocess` makes them."""
-
-    chunk: Chunk
-    pixels: Tensor
-    times_s: NDArray[np.float64]
-    thumbnail: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +44,7 @@ class _Stored:
 
 class Ingest:
     """The prefill of one video: :meth:`run` on a thread of its own decodes, waits and commits, :meth:`step` on the
-    engine thread encodes and prefills one chunk, and ``writers`` put what that makes into the store.
+    engine thread encodes and prefills the chunks slice by slice, and ``writers`` put what that makes into the store.
 
     What lies in the store already is not computed again. A prefill that was cut off goes on at the first chunk that is
     missing; one that is to ``verify`` reads every chunk, and computes those that are damaged or gone.
@@ -88,11 +77,12 @@ class Ingest:
         self._writers = writers
         self._wake = wake
         self._verify = verify
-        self._queue: queue.Queue[_Decoded | _Stored] = queue.Queue(_CHUNKS_AHEAD)
+        self._queue: queue.Queue[Decoded | _Stored] = queue.Queue(_CHUNKS_AHEAD)
         self._num_chunks = 0
         self._mode = model.prefill_mode
         self._prefix: ChunkKV | None = None
         self._prefill: Prefill | None = None
+        self._slices: Slices[bool] | None = None
         self._high: list[ChunkKV] = []
         self._prefilled = threading.Event()
         self._ended = threading.Event()
@@ -108,9 +98,16 @@ class Ingest:
         return self._ended.is_set()
 
     @property
-    def has_chunk(self) -> bool:
-        """Whether :meth:`step` has something to do."""
-        return not self._queue.empty() and self._num_pending_writes < _WRITES_AHEAD
+    def within_chunk(self) -> bool:
+        """Whether a chunk is begun and not ended. On the engine thread."""
+        return self._slices is not None
+
+    @property
+    def has_slice(self) -> bool:
+        """Whether :meth:`step` has something to do, if only to let go of what it holds. On the engine thread."""
+        if self._failure is not None:
+            return self._prefill is not None
+        return self.within_chunk or (not self._queue.empty() and self._num_pending_writes < _WRITES_AHEAD)
 
     def run(self, path: Path, sampling: Sampling, limits: VideoLimits) -> tuple[Manifest, HighKV]:
         """Prefills and commits the video in the file ``path``; its table of contents and what stays on the device.
@@ -138,26 +135,27 @@ class Ingest:
             self._ended.set()
 
     def step(self) -> bool:
-        """Prefills the next chunk, or takes it as it was stored; whether it had to be computed.
+        """Runs the next slice; whether that ended a chunk that had to be computed.
 
-        A failure ends this ingest, and is raised by :meth:`run`.
+        A failure ends this ingest, and is raised by :meth:`run`. Once it was stopped, here or elsewhere, a step lets go
+        of what it holds on the device.
         """
-        item = self._queue.get_nowait()
+        if self._slices is None:
+            with suppress(queue.Empty):  # stopped this very moment
+                self._slices = self._append(self._queue.get_nowait())
+        if self._failure is not None or self._slices is None:
+            self._let_go()
+            return False
         try:
-            if self._prefill is None:
-                self._prefix, self._prefill = self._model.prefix(), self._model.prefill(self._mode)
-            last = item.chunk.index == self._num_chunks - 1
-            if isinstance(item, _Stored):
-                self._restore(item, self._prefill)
-            else:
-                features = self._model.encode(item.pixels.to(self._model.device), item.times_s)
-                low, high = self._prefill.append(features, last=last)
-                self._write(item, low, high)
-            if last:
-                self._prefilled.set()
+            next(self._slices)
+        except StopIteration as end:
+            self._slices = None
+            return bool(end.value)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # which hold what the slice has made
             self._abort(error)
-        return isinstance(item, _Decoded)
+            self._let_go()
+        return False
 
     def cancel(self) -> None:
         """Stops decoding and prefilling at once. From any thread."""
@@ -188,7 +186,7 @@ class Ingest:
                 continue
             first_frame = sum(chunk.num_frames for chunk in plan[:index])
             with self._open(path, sampling, limits, first_frame) as reader:
-                for decoded in _collect(reader, plan[index:], self._model):
+                for decoded in collect(reader, plan[index:], self._model):
                     self._put(decoded)
                     index += 1
                     stored = self._find(plan, index) if self._verify else None
@@ -207,16 +205,38 @@ class Ingest:
 
     def _find(self, plan: Sequence[Chunk], index: int) -> _Stored | None:
         pair = self._videos.read_chunk(self.key, index) if index < len(plan) else None
-        return None if pair is None else _Stored(plan[index], *pair)
+        pin = partial(pinned, device=self._model.device)
+        return None if pair is None else _Stored(plan[index], *(kv.brought(pin) for kv in pair))
 
-    def _put(self, item: _Decoded | _Stored) -> None:
+    def _put(self, item: Decoded | _Stored) -> None:
         self._queue.put(item)
         self._wake()
         self._check()
 
+    def _append(self, item: Decoded | _Stored) -> Slices[bool]:
+        """Prefills the next chunk, or takes it as it was stored; whether it had to be computed."""
+        if self._prefill is None:
+            self._prefix, self._prefill = self._model.prefix(), self._model.prefill(self._mode)
+        last = item.chunk.index == self._num_chunks - 1
+        if isinstance(item, _Stored):
+            self._restore(item, self._prefill)
+        else:
+            features = yield from self._model.encoding(to_device(item.pixels, self._model.device), item.times_s)
+            yield
+            low, high = yield from self._prefill.appending(features, last=last)
+            self._write(item, low, high)
+        if last:
+            self._prefill = None  # what it remembers is not needed any more
+            self._prefilled.set()
+        return isinstance(item, Decoded)
+
+    def _let_go(self) -> None:
+        self._slices = self._prefill = None
+        self._high.clear()
+
     def _restore(self, stored: _Stored, prefill: Prefill) -> None:
-        device = self._model.device
-        low, high = stored.low.to(device), stored.high.to(device)
+        bring = partial(to_device, device=self._model.device)
+        low, high = stored.low.brought(bring), stored.high.brought(bring)
         num_visual_tokens = self._num_visual_tokens(stored.chunk)
         prefill.restore(num_visual_tokens, low, high)
         self._note(stored.chunk, num_visual_tokens, low, high)
@@ -233,7 +253,7 @@ class Ingest:
             )
         )
 
-    def _write(self, decoded: _Decoded, low: ChunkKV, high: ChunkKV) -> None:
+    def _write(self, decoded: Decoded, low: ChunkKV, high: ChunkKV) -> None:
         """Starts writing a chunk, unless the ingest was stopped meanwhile."""
         chunk = decoded.chunk
         with self._lock:
@@ -241,9 +261,17 @@ class Ingest:
                 return
             self._note(chunk, self._num_visual_tokens(chunk), low, high)
             self._num_pending_writes += 1
-            write = self._writers.submit(self._videos.write_chunk, self.key, chunk.index, low, high, decoded.thumbnail)
+            made = asked_so_far(self._model.device)
+            write = self._writers.submit(self._store, chunk.index, (low, high), made, decoded.thumbnail)
             self._writes.append(write)
         write.add_done_callback(self._written)
+
+    def _store(
+        self, index: int, levels: tuple[ChunkKV, ChunkKV], made: torch.cuda.Event | None, thumbnail: bytes
+    ) -> None:
+        """On a writer's thread, which may wait for what is to be written."""
+        low, high = (kv.brought(partial(to_host, made=made)) for kv in levels)
+        self._videos.write_chunk(self.key, index, low, high, thumbnail)
 
     def _written(self, write: Future[None]) -> None:
         error = write.exception()
@@ -293,6 +321,7 @@ class Ingest:
             except queue.Empty:
                 break
         self._prefilled.set()
+        self._wake()
         return cause
 
 
@@ -323,39 +352,3 @@ def plan_chunks(info: VideoInfo, frames_per_chunk: int) -> tuple[Chunk, ...]:
         end_s = info.duration_s if index == count - 1 else stop * info.interval_s
         chunks.append(Chunk(index, first * info.interval_s, end_s, stop - first))
     return tuple(chunks)
-
-
-def _collect(batches: Iterable[Frames], plan: Sequence[Chunk], model: VideoModel) -> Iterator[_Decoded]:
-    """Cuts the reader's batches into chunks, holding no more of the frames at full size than one batch."""
-    waiting = iter(plan)
-    chunk = next(waiting)
-    parts: list[tuple[Tensor, NDArray[np.float64]]] = []
-    num_frames = 0
-    thumbnail = b""
-    for batch in batches:
-        start = 0
-        while start < len(batch):
-            stop = min(len(batch), start + chunk.num_frames - num_frames)
-            part = Frames(batch.pixels[start:stop], batch.times_s[start:stop])
-            middle = chunk.num_frames // 2 - num_frames
-            if 0 <= middle < len(part):
-                thumbnail = draw_thumbnail(part.pixels[middle])
-            parts.append((model.preprocess(part), part.times_s))
-            num_frames += len(part)
-            start = stop
-            if num_frames == chunk.num_frames:
-                pixels, times_s = zip(*parts, strict=True)
-                yield _Decoded(chunk, torch.cat(pixels), np.concatenate(times_s), thumbnail)
-                parts, num_frames = [], 0
-                chunk = next(waiting, chunk)
-
-
-def draw_thumbnail(pixels: NDArray[np.uint8]) -> bytes:
-    """A JPEG of one frame [H, W, 3], at most THUMBNAIL_WIDTH wide."""
-    image = Image.fromarray(pixels)
-    if image.width > THUMBNAIL_WIDTH:
-        height = max(1, round(image.height * THUMBNAIL_WIDTH / image.width))
-        image = image.resize((THUMBNAIL_WIDTH, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return file.getvalue()

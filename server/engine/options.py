@@ -33,7 +33,7 @@ class EngineOptions:
     max_tokens: int = 1024
     prompt_step: int = 256
     max_concurrent_prefills: int = 2
-    prefill_share: float = 0.5
+    prefill_share: float = 0.4
     default_reload: int | None = None
     keep_video: bool = True
     low_precision: Precision = "exact"

@@ -12,21 +12,23 @@ from server.engine.question import Phase, Question
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: at most one question is read for its scores, ``rows`` go through one forward pass together (prompts
-    and decodes alike), and at most one chunk of one upload is prefilled."""
+    """The questions' part of a step: at most one is read for its scores, and ``rows`` go through one forward pass
+    together (prompts and decodes alike)."""
 
     score: Question | None
     rows: list[Question]
-    ingest: Ingest | None
 
     def __bool__(self) -> bool:
-        return bool(self.score or self.rows or self.ingest)
+        return bool(self.score or self.rows)
 
 
 class Scheduler:
-    """The policy. Questions take a slot in order of arrival, uploads take turns chunk by chunk, and where both want
-    the engine each gets its share of the time: after a chunk of ``t`` seconds the questions run for
-    ``t * (1 - share) / share`` seconds before the next. So an upload never starves a stream, nor the other way round.
+    """The policy. Questions take a slot in order of arrival, and uploads take turns chunk by chunk.
+
+    Where both want the engine, each gets its share of the time, and in every single step: questions that ran for ``t``
+    seconds earn the uploads ``t * share / (1 - share)``. A slice of a chunk's prefill runs as soon as anything is
+    earned, and others behind it as far as they fit; one that is longer than that is paid for by the next steps, which
+    then have none. So a stream waits for what its share says, or for one slice.
 
     Used by the engine thread alone.
     """
@@ -35,10 +37,11 @@ class Scheduler:
         if max_batch < 1 or not 0 < prefill_share < 1:
             raise ValueError("max_batch must be at least 1 and prefill_share between 0 and 1")
         self._max_batch = max_batch
-        self._questions_per_prefill_s = (1 - prefill_share) / prefill_share
+        self._prefill_per_question_s = prefill_share / (1 - prefill_share)
         self._questions: dict[str, Question] = {}
         self._ingests: deque[Ingest] = deque()
-        self._owed_s = 0.0
+        self._turn: Ingest | None = None
+        self._earned_s = 0.0
 
     def add(self, question: Question) -> None:
         self._questions[question.id] = question
@@ -71,24 +74,35 @@ class Scheduler:
     def plan(self) -> Plan:
         questions = self._questions.values()
         score = next((question for question in questions if question.phase is Phase.SCORE), None)
-        rows = [question for question in questions if question.phase in (Phase.PREFILL, Phase.DECODE)]
-        wanted = bool(score or rows)
-        return Plan(score, rows, None if wanted and self._owed_s > 0 else self._next_ingest())
+        return Plan(score, [question for question in questions if question.phase in (Phase.PREFILL, Phase.DECODE)])
 
-    def account_questions(self, took_s: float) -> None:
-        """Tells how long a step's questions took."""
-        self._owed_s = max(0.0, self._owed_s - took_s)
+    def account(self, plan: Plan, questions_s: float, prefill_s: float) -> None:
+        """Tells how long a step's questions took, and all the slices that have ended since the last step's."""
+        if not plan:
+            self._earned_s = 0.0
+            return
+        earned_s = questions_s * self._prefill_per_question_s
+        # What could not be spent is no reason to hold the questions up for longer later on.
+        self._earned_s = min(self._earned_s - prefill_s + earned_s, earned_s)
 
-    def account_prefill(self, took_s: float) -> None:
-        """Tells how long a step's chunk took."""
-        self._owed_s = took_s * self._questions_per_prefill_s
+    def prefill(self, plan: Plan) -> tuple[Ingest | None, float]:
+        """Whose slices follow a step's questions, and for how many seconds; 0 where one slice a step will do, because
+        nobody waits for the end of the step."""
+        if not plan:
+            return self._next_ingest(), 0.0
+        return (self._next_ingest() if self._earned_s > 0 else None), self._earned_s
 
     def _next_ingest(self) -> Ingest | None:
+        """The one whose turn it is, until its chunk ends; then the next that has something to do."""
+        if self._turn is not None and self._turn.within_chunk:
+            return self._turn
+        self._turn = None
         for _ in range(len(self._ingests)):
             ingest = self._ingests.popleft()
-            if ingest.ended:
-                continue
-            self._ingests.append(ingest)
-            if ingest.has_chunk:
-                return ingest
-        return None
+            has_slice = ingest.has_slice
+            if has_slice or not ingest.ended:
+                self._ingests.append(ingest)
+            if has_slice:
+                self._turn = ingest
+                break
+        return self._turn

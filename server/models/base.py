@@ -17,6 +17,7 @@ from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from compression.rope import Rope
 from compression.score import QueryTrace, Scorer
+from server.models.slices import Slices, whole
 from server.video.frames import Frames
 
 Role = Literal["system", "user", "assistant"]
@@ -96,6 +97,10 @@ class Prefill(Protocol):
         edge rule needs to know). Raises :class:`PositionLimitError`.
         """
 
+    def appending(self, features: Any, *, last: bool) -> Slices[tuple[ChunkKV, ChunkKV]]:
+        """:meth:`append` in slices. Nothing else may be asked of this prefill before the last one, nor ever again if
+        they are given up."""
+
     def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         """Takes the next chunk as an earlier prefill made it, on the model's device, instead of computing it again.
 
@@ -122,10 +127,14 @@ class VideoModel(ABC):
     def preprocess(self, frames: Frames) -> Tensor:
         """Frames at any size -> uint8 or float CPU tensor [T, 3, h, w] at the model's input size. Thread-safe."""
 
-    @abstractmethod
     def encode(self, pixels: Tensor, times_s: NDArray) -> Any:  # type: ignore[type-arg]
         """A chunk's preprocessed frames and their times in seconds -> its visual tokens, as the model's own prefill
         takes them (a plain model: [T * tokens_per_frame, hidden])."""
+        return whole(self.encoding(pixels, times_s))
+
+    @abstractmethod
+    def encoding(self, pixels: Tensor, times_s: NDArray) -> Slices[Any]:  # type: ignore[type-arg]
+        """:meth:`encode` in slices."""
 
     def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
         """Visual tokens of a chunk of frames of this size in pixels, before compression."""

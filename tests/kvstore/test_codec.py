@@ -130,7 +130,7 @@ def test_a_wrong_header(make, precision, data):
     """Any field replaced by any value: CorruptBlob, or a KV that lies within the data."""
     encoded = codec.encode(placed(make, data.draw(st.sampled_from(list(POSITIONS.values())))), precision)
     length = int.from_bytes(encoded[:8], "little")
-    header = json.loads(encoded[8 : 8 + length])
+    header = json.loads(bytes(encoded[8 : 8 + length]))
     part = header[data.draw(st.sampled_from(sorted(header)))]
     part[data.draw(st.sampled_from(sorted(part)))] = data.draw(json_values)
     text = json.dumps(header).encode()

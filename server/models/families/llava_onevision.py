@@ -18,6 +18,8 @@ from server.models.families.decoder import read_rope
 from server.models.families.folder import TransformersFolder
 from server.models.families.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
 from server.models.families.patches import read_preprocessing, resize
+from server.models.slices import Slices, through
+from server.models.transfer import to_device
 from server.video.frames import Frames
 
 _PREFIX = "<|im_start|>user "
@@ -75,17 +77,19 @@ class OneVisionTower(nn.Module):
     def num_positions(self, num_frames: int, width: int, height: int, fps: float) -> None:
         """See :meth:`VisionTower.num_positions`: contiguous."""
 
-    def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
-        """See :meth:`VisionTower.__call__`."""
-        side = self.settings.side
-        features = self._see(self._normal(pixels)[None]).pooler_output[0, :-1]  # the newline has its own place
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
+        """See :meth:`VisionTower.see`."""
+        side, normal = self.settings.side, self._normal(pixels)[None]
+        tower: Any = getattr(self.tower, "vision_model", self.tower)
+        seen = yield from through(lambda: self._see(normal), tower.encoder.layers)
+        features = seen.pooler_output[0, :-1]  # the newline has its own place
         return VisualTokens(features, side, side, np.stack([times_s, times_s], axis=1))
 
     def lay_out(self, tokens: VisualTokens, start: int, next_position: int, *, last: bool) -> Layout:
         """See :meth:`VisionTower.lay_out`."""
         if not last:
             return Layout()
-        is_visual = torch.ones(len(tokens.features) + 1, dtype=torch.bool, device=tokens.features.device)
+        is_visual = torch.ones(len(tokens.features) + 1, dtype=torch.bool)
         is_visual[-1] = False
         return Layout(is_visual=is_visual, others=self.newline[None])
 
@@ -127,7 +131,8 @@ class OneVisionTower(nn.Module):
 
     def _normal(self, pixels: Tensor) -> Tensor:
         mean, std = (
-            torch.tensor(each, device=pixels.device)[:, None, None] for each in (self.settings.mean, self.settings.std)
+            to_device(torch.tensor(each), pixels.device)[:, None, None]
+            for each in (self.settings.mean, self.settings.std)
         )
         return ((pixels.float() / 255 - mean) / std).to(self.newline.dtype)
 

@@ -22,6 +22,8 @@ from server.models.base import ModelSpec, PositionLimitError
 from server.models.lm.decoder import LanguageModel, Window
 from server.models.lm.decoder_model import DecoderModel, PromptConfig, stack
 from server.models.memory import CHEAPER, Memory, Past, longest_videos, room_to_ask
+from server.models.slices import Slices, whole
+from server.models.transfer import indices, to_device
 from server.video.frames import Frames
 
 _MOST_FRAMES = 10_000_000
@@ -77,6 +79,7 @@ class Layout:
     Where other tokens stand among the visual ones, ``is_visual`` [tokens] tells which is which and ``others``
     [n, hidden] are the embeddings of the former, which are never compressed. ``positions`` is int64 [axes, tokens], and
     what follows goes on at ``next_position``; None: one token behind the other, the others behind the visual ones.
+    All but ``others`` lies on the CPU.
     """
 
     positions: Tensor | None = None
@@ -95,7 +98,7 @@ class VisionTower(Protocol):
     def preprocess(self, frames: Frames) -> Tensor:
         """See :meth:`server.models.base.VideoModel.preprocess`."""
 
-    def __call__(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
         """Preprocessed frames of one chunk, on the model's device."""
 
     def num_tokens(self, num_frames: int, width: int, height: int) -> int:
@@ -144,8 +147,8 @@ class OnePassModel(DecoderModel):
         return self.vision.preprocess(frames)
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
-        return self.vision(pixels, times_s)
+    def encoding(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
+        return (yield from self.vision.see(pixels, times_s))
 
     def num_visual_tokens(self, num_frames: int, width: int, height: int) -> int:
         return self.vision.num_tokens(num_frames, width, height)
@@ -206,11 +209,16 @@ class OnePassPrefill:
         self._start = cache.next_position
         self._memory = Memory(cache, Past.of(mode))
 
-    @torch.inference_mode()
     def append(self, features: VisualTokens, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
+        return whole(self.appending(features, last=last))
+
+    @torch.inference_mode()
+    def appending(self, features: VisualTokens, *, last: bool) -> Slices[tuple[ChunkKV, ChunkKV]]:
+        """See :meth:`server.models.base.Prefill.appending`."""
         config = self._model.compression
-        raw = self._read(features, last)
+        raw = yield from self._read(features, last)
+        yield
         kept = both_levels(COMPRESSORS[config.compressor], raw, config.low_ratio, config.high_ratio)
         low, high = (raw.with_others(part.kv) for part in kept)
         self._memory.append(low, high)
@@ -219,9 +227,9 @@ class OnePassPrefill:
     @torch.inference_mode()
     def append_raw(self, features: VisualTokens, *, last: bool) -> RawChunk:
         """The same without compression: all that follows sees the chunk as it is. Raises PositionLimitError."""
-        raw = self._read(features, last)
-        whole = raw.with_others(raw.kv)
-        self._memory.append(whole, whole)
+        raw = whole(self._read(features, last))
+        kept = raw.with_others(raw.kv)
+        self._memory.append(kept, kept)
         return raw
 
     @torch.inference_mode()
@@ -229,24 +237,25 @@ class OnePassPrefill:
         """See :meth:`server.models.base.Prefill.restore`."""
         self._memory.append(low, high)
 
-    def _read(self, tokens: VisualTokens, last: bool) -> RawChunk:
+    def _read(self, tokens: VisualTokens, last: bool) -> Slices[RawChunk]:
         """The next chunk's own KVs. Raises PositionLimitError."""
         model, memory = self._model, self._memory.cache
         layout = model.vision.lay_out(tokens, self._start, memory.next_position, last=last)
-        window, visual = _arrange(tokens, layout, memory)
+        window, is_visual = _arrange(tokens, layout, memory)
         positions = layout.positions
         if positions is None:
-            start = memory.next_position
-            positions = torch.arange(start, start + len(window.embeddings), device=model.device)
+            positions = torch.arange(len(is_visual)) + memory.next_position
         if int(positions.max()) >= model.spec.max_positions:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
-        _, projected = model.decoder([window])
+        _, projected = yield from model.decoder.slices([window])
         kv = stack(projected, None, "low", 1)
+        positions = to_device(positions, model.device)
         if layout.positions is not None:
             kv = replace(kv, positions=positions.to(torch.int32)[:, None, None], next_position=layout.next_position)
-        asking = visual.nonzero()[-_NUM_QUERIES:, 0]
+        visual = indices(is_visual, model.device)
+        asking = visual[-_NUM_QUERIES:]
         return RawChunk(
             kv=kv.take(visual),
             positions=positions[..., visual],
@@ -254,21 +263,22 @@ class OnePassPrefill:
             query_positions=positions[..., asking],
             rope=model.rope,
             tokens_per_frame=tokens.rows * tokens.columns,
-            others=kv.take(~visual) if layout.others is not None else None,
+            others=kv.take(indices(~is_visual, model.device)) if layout.others is not None else None,
         )
 
 
 def _arrange(tokens: VisualTokens, layout: Layout, cache: KVCache) -> tuple[Window, Tensor]:
-    """What the model reads of a chunk or an image, and which of it is visual: bool [tokens]."""
-    features, is_visual = tokens.features, layout.is_visual
-    placed = partial(Window, cache=cache, positions=layout.positions, next_position=layout.next_position)
+    """What the model reads of a chunk or an image, and which of it is visual: bool [tokens] on the CPU."""
+    features, is_visual, device = tokens.features, layout.is_visual, tokens.features.device
+    positions = None if layout.positions is None else to_device(layout.positions, device)
+    placed = partial(Window, cache=cache, positions=positions, next_position=layout.next_position)
     if is_visual is None or layout.others is None:
-        every = torch.ones(len(features), dtype=torch.bool, device=features.device)
-        return placed(features, deep=tokens.deep), every
+        return placed(features, deep=tokens.deep), torch.ones(len(features), dtype=torch.bool)
     embeddings = features.new_empty((len(is_visual), features.shape[1]))
-    embeddings[is_visual], embeddings[~is_visual] = features, layout.others.to(features.dtype)
+    visual, others = indices(is_visual, device), indices(~is_visual, device)
+    embeddings[visual], embeddings[others] = features, layout.others.to(features.dtype)
     deep = None
     if tokens.deep is not None:
         deep = features.new_zeros((len(tokens.deep), *embeddings.shape))
-        deep[:, is_visual] = tokens.deep
+        deep[:, visual] = tokens.deep
     return placed(embeddings, deep=deep), is_visual

@@ -20,7 +20,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from server.models.families.one_pass import Layout, VisualTokens
 from server.models.families.packed_attention import PackedAttention
 from server.models.hub import read_json
+from server.models.slices import Slices, through, whole
 from server.models.tensors import CheckpointError
+from server.models.transfer import to_device
 from server.video.errors import VideoUnsupported
 from server.video.frames import Frames
 
@@ -118,7 +120,7 @@ class Patches:
     def flatten(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """uint8 [T, 3, h, w] -> float32 [patches, 3 * temporal_patch_size * patch_size**2], normalized, the patches of
         a visual token next to each other; and their number in time, height and width."""
-        mean, std = (torch.tensor(each, device=pixels.device)[:, None, None] for each in (self.mean, self.std))
+        mean, std = (to_device(torch.tensor(each), pixels.device)[:, None, None] for each in (self.mean, self.std))
         missing = -len(pixels) % self.temporal_patch_size
         pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
         normal = (pixels.float() / 255 - mean) / std
@@ -202,14 +204,14 @@ class PatchTower(nn.Module, ABC):
 
     def see_image(self, image: Tensor) -> VisualTokens:
         """See :meth:`VisionTower.see_image`."""
-        return self._see(self.image_patches, image.to(self.visual.device), np.zeros(1))
+        return whole(self._see(self.image_patches, image.to(self.visual.device), np.zeros(1)))
 
     def lay_out_image(self, tokens: VisualTokens, next_position: int) -> Layout:
         """See :meth:`VisionTower.lay_out_image`."""
         return self.compose([BEFORE, Grid.of(tokens, torch.zeros(1).long()), AFTER], next_position)
 
-    def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
-        """See :meth:`VisionTower.__call__`."""
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
+        """See :meth:`VisionTower.see`."""
         return self._see(self.patches, pixels, times_s)
 
     def compose(self, parts: Sequence[str | Grid], next_position: int) -> Layout:
@@ -228,17 +230,17 @@ class PatchTower(nn.Module, ABC):
                 is_visual += [False] * len(text)
                 next_position += len(text)
                 ids += text
-        device = self.visual.device
-        positions = torch.cat(places, dim=1).to(device)
+        positions = torch.cat(places, dim=1)
         if not ids:
             return Layout(positions, next_position)
-        others = self.words.embed(torch.tensor(ids, device=device))
-        return Layout(positions, next_position, torch.tensor(is_visual, device=device), others)
+        others = self.words.embed(to_device(torch.tensor(ids), self.visual.device))
+        return Layout(positions, next_position, torch.tensor(is_visual), others)
 
-    def _see(self, kind: Patches, pixels: Tensor, times_s: NDArray[np.float64]) -> VisualTokens:
+    def _see(self, kind: Patches, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[VisualTokens]:
         patches, (steps, height, width) = kind.flatten(pixels)
-        grid = torch.tensor([[steps, height, width]], device=pixels.device)
-        output = self.visual(patches.to(self.visual.dtype), grid_thw=grid)
+        grid = to_device(torch.tensor([[steps, height, width]]), pixels.device)
+        patches = patches.to(self.visual.dtype)
+        output = yield from through(lambda: self.visual(patches, grid_thw=grid), self.visual.blocks)
         deep = getattr(output, "deepstack_features", None)
         merge, depth = kind.merge_size, kind.temporal_patch_size
         first = times_s[::depth]

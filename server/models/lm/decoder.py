@@ -14,6 +14,8 @@ from torch.nn import functional
 from compression.cache import KVCache
 from compression.rope import Rope
 from server.models.lm.segment_attention import attention_over
+from server.models.slices import Slices, whole
+from server.models.transfer import indices
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -64,9 +66,9 @@ class Places:
     others: Tensor
 
     @classmethod
-    def of(cls, is_vst: Tensor) -> Self:
-        """From a mask [tokens]."""
-        return cls(is_vst.nonzero()[:, 0], (~is_vst).nonzero()[:, 0])
+    def of(cls, is_vst: Tensor, device: torch.device) -> Self:
+        """From a mask [tokens] on the CPU."""
+        return cls(indices(is_vst, device), indices(~is_vst, device))
 
 
 class RMSNorm(nn.Module):
@@ -181,8 +183,8 @@ class Window:
     """One sequence's new tokens: ``embeddings`` [n, hidden], to be seen behind ``cache``.
 
     They stand at ``positions`` [axes, n], and what follows goes on at ``next_position``; without, they stand behind the
-    cache's last one after the other. ``deep`` [layers, n, hidden] is added to what comes out of the first layers
-    (DeepStack, arXiv 2406.04334).
+    cache's last one after the other. ``is_vst`` [n] bool, on the CPU, tells which are VSTs. ``deep`` [layers, n,
+    hidden] is added to what comes out of the first layers (DeepStack, arXiv 2406.04334).
     """
 
     embeddings: Tensor
@@ -220,6 +222,10 @@ class LanguageModel(nn.Module, ABC):
         behind the other, and every layer's queries, keys and values ``[heads, tokens, head_dim]`` before RoPE.
         ``num_layers`` stops early; the hidden states are then those behind that layer.
         """
+        return whole(self.slices(windows, num_layers))
+
+    def slices(self, windows: list[Window], num_layers: int | None = None) -> Slices[tuple[Tensor, list[QKV]]]:
+        """:meth:`forward` with pauses between layers and amid them. Nobody else may use the caches meanwhile."""
         sizes = [len(window.embeddings) for window in windows]
         x = torch.cat([window.embeddings for window in windows])
         positions = _places(windows, sizes, x.device)
@@ -229,17 +235,20 @@ class LanguageModel(nn.Module, ABC):
             for window, places in zip(windows, torch.split(positions, sizes, -1), strict=True)
         ]
         is_vst = _join_masks(windows, sizes)
-        places = None if is_vst is None else Places.of(is_vst)
+        places = None if is_vst is None else Places.of(is_vst, x.device)
         for window, size in zip(windows, sizes, strict=True):
             window.cache.reserve(size)
         projected: list[QKV] = []
         for index, module in enumerate(self.layers[:num_layers]):
+            if index:
+                yield
             layer = cast(LayerLike, module)
             q, k, v = layer.project(x, places)
             projected.append((q, k, v))
             rotated, k = self.rope.rotate(q, cos, sin), self.rope.rotate(k, cos, sin)
             rows = zip(seeing, *(torch.split(part, sizes, 1) for part in (q, rotated, k, v)), strict=True)
             attended = [see(index, *parts) for see, *parts in rows]
+            yield
             x = layer.output(x, torch.cat(attended, dim=1))
             for part, window in zip(torch.split(x, sizes), windows, strict=True):
                 if window.deep is not None and index < len(window.deep):
@@ -285,9 +294,5 @@ def _places(windows: list[Window], sizes: list[int], device: torch.device) -> Te
 def _join_masks(windows: list[Window], sizes: list[int]) -> Tensor | None:
     if all(window.is_vst is None for window in windows):
         return None
-    device = windows[0].embeddings.device
-    masks = [
-        torch.zeros(n, dtype=torch.bool, device=device) if w.is_vst is None else w.is_vst.to(device)
-        for w, n in zip(windows, sizes, strict=True)
-    ]
-    return torch.cat(masks)
+    rows = zip(windows, sizes, strict=True)
+    return torch.cat([torch.zeros(n, dtype=torch.bool) if w.is_vst is None else w.is_vst for w, n in rows])

@@ -19,6 +19,7 @@ from compression.score import QueryTrace, Scorer
 from server.models.base import ModelSpec, Row, StepDecoder, Turn, VideoModel
 from server.models.fingerprint import fingerprint
 from server.models.lm.decoder import QKV, LanguageModel, Window
+from server.models.transfer import indices
 
 _log = logging.getLogger(__name__)
 
@@ -140,8 +141,8 @@ class DecoderModel(VideoModel):
 
 
 def stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:
-    """Every layer's keys and values, of the tokens where ``kept`` is True (None: all of them)."""
-    choose = slice(None) if kept is None else kept.nonzero()[:, 0]
+    """Every layer's keys and values, of the tokens where ``kept``, on the CPU, is True (None: all of them)."""
+    choose = slice(None) if kept is None else indices(kept, projected[0][1].device)
     keys = torch.stack([k[:, choose] for _, k, _ in projected])
     values = torch.stack([v[:, choose] for _, _, v in projected])
     return ChunkKV(keys, values, level, ratio)

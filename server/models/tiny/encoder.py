@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.models.lm.decoder import RMSNorm
+from server.models.slices import Slices, whole
 from server.models.tiny.preprocess import resize
+from server.models.transfer import to_device
 from server.video.frames import Frames
 
 EPS = 1e-6
+_FRAMES_A_SLICE = 4
+"""At least. A single frame runs through other kernels, which round in another way."""
 
 
 class Residual(nn.Module):
@@ -115,8 +119,17 @@ class TinyEncoder(nn.Module):
 
     def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
         """uint8 [T, 3, 64, 96] and times in seconds -> visual tokens [T * 4, size]."""
+        return whole(self.see(pixels, times_s))
+
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[Tensor]:
+        """The same in slices."""
         weight = self.position
         x = pixels.to(weight.device, weight.dtype) / 255
         # Sampling grids like 0.1 s * 10 fall just short of whole seconds.
-        seconds = torch.from_numpy(np.floor(times_s + 1e-6)).long().to(weight.device)
-        return self.tokens(self.cells(x), seconds).flatten(0, 1)
+        seconds = to_device(torch.from_numpy(np.floor(times_s + 1e-6)).long(), weight.device)
+        cells: list[Tensor] = []
+        for frames in x.tensor_split(max(1, len(x) // _FRAMES_A_SLICE)):
+            if cells:
+                yield
+            cells.append(self.cells(frames))
+        return self.tokens(torch.cat(cells), seconds).flatten(0, 1)

@@ -13,6 +13,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from server.models.families.patches import resize
+from server.models.slices import Slices, through, whole
+from server.models.transfer import to_device
 from server.video.frames import Frames
 
 CLIP_L_14_336: dict[str, Any] = {
@@ -75,11 +77,16 @@ class ClipEncoder(nn.Module):
     def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
         """[T, 3, size, size], uint8 or normalized by :func:`normalize` -> [T * tokens_per_frame, hidden]; Video-XL
         does not embed time."""
+        return whole(self.see(pixels, times_s))
+
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[Tensor]:
+        """The same in slices."""
         weight = self.projector[0].weight
         assert isinstance(weight, Tensor)
         pixels = pixels.to(weight.device)
         pixels = (normalize(pixels) if pixels.dtype == torch.uint8 else pixels).to(weight.dtype)
-        states = self.tower(pixels, output_hidden_states=True).hidden_states
+        seen = yield from through(lambda: self.tower(pixels, output_hidden_states=True), self.tower.encoder.layers)
+        states = seen.hidden_states
         x = self.projector(states[self.select_layer][:, 1:])
         x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return torch.flatten(functional.avg_pool2d(x, self.stride).flatten(2).transpose(1, 2), 0, 1)
@@ -88,6 +95,6 @@ class ClipEncoder(nn.Module):
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 [T, 3, h, w] -> float32, by CLIP's mean and deviation, rounded where CLIPImageProcessor rounds."""
     mean, std = (
-        torch.tensor(each, device=pixels.device)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        to_device(torch.tensor(each), pixels.device)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     )
     return ((pixels.double() * (1 / 255)).float() - mean) / std

@@ -16,10 +16,11 @@ from compression.interleave import interleave
 from compression.kv import ChunkKV, Level
 from compression.score import Scorer
 from server.models.base import ModelSpec, PositionLimitError
-from server.models.lm.decoder import Decoder, Window
+from server.models.lm.decoder import Decoder, Places, Window
 from server.models.lm.decoder_model import DecoderModel, PromptConfig, stack
 from server.models.memory import Memory, longest_videos
 from server.models.positions import longest_video
+from server.models.slices import Slices, whole
 from server.models.videoxl.compression_config import CompressionConfig
 from server.video.frames import Frames
 
@@ -30,8 +31,8 @@ class FrameEncoder(Protocol):
     def preprocess(self, frames: Frames) -> Tensor:
         """See :meth:`VideoModel.preprocess`."""
 
-    def __call__(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
-        """See :meth:`VideoModel.encode`."""
+    def see(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[Tensor]:
+        """See :meth:`VideoModel.encoding`."""
 
 
 class VideoXL(DecoderModel):
@@ -63,8 +64,8 @@ class VideoXL(DecoderModel):
         return self._encoder().preprocess(frames)
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
-        return self._encoder()(pixels, times_s)
+    def encoding(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[Tensor]:
+        return (yield from self._encoder().see(pixels, times_s))
 
     def prefill(self, mode: str | None = None) -> VideoXLPrefill:
         return VideoXLPrefill(self, mode or self.compression.prefill_mode)
@@ -85,10 +86,12 @@ class VideoXL(DecoderModel):
         return num_visual if self.compression.low_ratio == 1 else len(self._image_vsts(num_visual))
 
     def place_vsts(self, features: Tensor, is_vst: Tensor) -> Tensor:
-        """Visual tokens ``[n, hidden]`` and VSTs where ``is_vst`` [window] is True -> the window's embeddings."""
+        """Visual tokens ``[n, hidden]`` and VSTs where ``is_vst`` [window], on the CPU, is True -> the window's
+        embeddings."""
         window = features.new_empty((len(is_vst), features.shape[1]))
-        window[~is_vst] = features
-        window[is_vst] = self.decoder.beacon_embed_tokens.weight[0]
+        places = Places.of(is_vst, features.device)
+        window.index_copy_(0, places.others, features)
+        window[places.vsts] = self.decoder.beacon_embed_tokens.weight[0]
         return window
 
     def _image_window(self, image: Tensor, cache: KVCache) -> Window:
@@ -96,7 +99,7 @@ class VideoXL(DecoderModel):
             return Window(image, cache)
         # Nothing of an image is compressed away. VSTs stand among its visual tokens all the same: a model that has
         # only ever answered from VSTs cannot read plain ones (the bundled one does not even notice them).
-        is_vst = self._image_vsts(len(image)).to(image.device)
+        is_vst = self._image_vsts(len(image))
         return Window(self.place_vsts(image, is_vst), cache, is_vst)
 
     def _image_vsts(self, num_visual: int) -> Tensor:
@@ -124,14 +127,21 @@ class VideoXLPrefill:
         self._low = self._high = _Pass(Memory(cache, self._compression.past))
         self._num_chunks = 0
 
-    @torch.inference_mode()
     def append(self, features: Tensor, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
+        return whole(self.appending(features, last=last))
+
+    @torch.inference_mode()
+    def appending(self, features: Tensor, *, last: bool) -> Slices[tuple[ChunkKV, ChunkKV]]:
+        """See :meth:`server.models.base.Prefill.appending`."""
         low_ratio, high_ratio = self._compression.ratios(first=self._num_chunks == 0, last=last)
         self._begin_chunk(low_ratio, high_ratio)
-        low = self._compress(self._low, features, low_ratio, "low")
-        one = self._high is self._low
-        high = replace(low, level="high") if one else self._compress(self._high, features, high_ratio, "high")
+        low = yield from self._compress(self._low, features, low_ratio, "low")
+        if self._high is self._low:
+            high = replace(low, level="high")
+        else:
+            yield
+            high = yield from self._compress(self._high, features, high_ratio, "high")
         self._remember(low, high)
         return low, high
 
@@ -165,17 +175,16 @@ class VideoXLPrefill:
         is_vst, state.carry = interleave(num_visual_tokens, ratio, state.carry, close=reset)
         return is_vst
 
-    def _compress(self, state: _Pass, features: Tensor, ratio: int, level: Level) -> ChunkKV:
+    def _compress(self, state: _Pass, features: Tensor, ratio: int, level: Level) -> Slices[ChunkKV]:
         model = self._model
         window, is_vst = features, self._place_vsts(state, len(features), ratio)
         if is_vst is not None:
-            is_vst = is_vst.to(features.device)
             window = model.place_vsts(features, is_vst)
         if state.memory.cache.length + len(window) > model.spec.max_positions:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
-        _, projected = model.decoder([Window(window, state.memory.cache, is_vst)])
+        _, projected = yield from model.decoder.slices([Window(window, state.memory.cache, is_vst)])
         return stack(projected, is_vst, level, ratio)
 
 

@@ -238,7 +238,7 @@ def test_a_restart_answers_the_same_without_prefill(
     before.engine.close()
     store.close()
     model = fresh_model()
-    model.encode = model.prefill = None  # type: ignore[assignment, method-assign]
+    model.encoding = model.prefill = None  # type: ignore[assignment, method-assign]
     with_store = DiskStore(tmp_path / "store")
     after = drive(with_store, model=model)
     found = after.engine.library.get(record.id, "")

@@ -318,11 +318,11 @@ def test_an_error_in_a_prefill_fails_that_file(
 ) -> None:
     model = fresh_model()
     driver = drive(model=model)
-    encode = model.encode
-    model.encode = None  # type: ignore[assignment, method-assign]
+    encoding = model.encoding
+    model.encoding = None  # type: ignore[assignment, method-assign]
     record = driver.upload(four_chunks)
     assert record.status == "error" and "internal error" in record.status_details
-    model.encode = encode  # type: ignore[method-assign]
+    model.encoding = encoding  # type: ignore[method-assign]
     assert driver.upload(two_chunks).status == "processed"
     assert driver.upload(four_chunks).status == "processed"
     assert driver.engine.library.get(record.id, "").status == "processed"

@@ -1,0 +1,225 @@
+"""Do streams go on while a long video is prefilled? ``python tests/benchmarks/fair_shares.py [--out RESULT.json]``
+
+Starts ``x2l serve`` and asks about a short video without end, several streams at a time. The time between two tokens of
+one stream is taken when nothing else runs, and then while a long video is prefilled; the seconds of that prefill are
+taken beside the streams, and alone. Prints and writes p50 and p99 of both, and the ratios.
+
+With ``--family`` the model is a random checkpoint of the published 7B sizes, which is made first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import print_table, to_json, write
+from decode_hour import make_hour
+from large_model import HAS_GPU, ask_gpu
+from live_server import Live, serving
+from openai import OpenAI
+from random_checkpoint import FAMILIES, write_checkpoint
+
+from server.bench.circumstances import circumstances
+
+WIDTH, HEIGHT, FPS = 320, 180, 10
+QUESTION = "Tell everything that is seen in the video, from the beginning to the end, whatever it may be."
+TEMPERATURE = 2.0
+"""So that the bundled model, whose answers are a few words, goes on for longer."""
+MOST_RATIO = 2.0
+
+
+class Streams:
+    """Asks again and again, ``number`` streams at a time, from entering to leaving."""
+
+    def __init__(self, live: Live, model: str, file_id: str, number: int, max_tokens: int) -> None:
+        self._live, self._model, self._file_id, self._max_tokens = live, model, file_id, max_tokens
+        self._stop = threading.Event()
+        self._gaps: list[tuple[float, float]] = []
+        """When a token came, and the seconds since the one before it."""
+        self._errors: list[Exception] = []
+        self._threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(number)]
+
+    def __enter__(self) -> Streams:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def gaps_ms(self, begin_s: float, end_s: float) -> list[float]:
+        """Sorted; of the tokens that came between two times."""
+        if self._errors:
+            raise self._errors[0]
+        return sorted(gap_s * 1000 for at_s, gap_s in list(self._gaps) if begin_s <= at_s < end_s)
+
+    def _ask(self, seed: int) -> None:
+        try:
+            with self._live.client() as client:
+                while not self._stop.is_set():
+                    self._read(client, seed)
+                    seed += 1000
+        except Exception as error:
+            self._errors.append(error)
+
+    def _read(self, client: OpenAI, seed: int) -> None:
+        parts: list[Any] = [
+            {"type": "file", "file": {"file_id": self._file_id}},
+            {"type": "text", "text": QUESTION},
+        ]
+        last_s = 0.0
+        with client.chat.completions.create(
+            model=self._model,
+            messages=[{"role": "user", "content": parts}],
+            max_tokens=self._max_tokens,
+            temperature=TEMPERATURE,
+            seed=seed,
+            stream=True,
+        ) as stream:
+            for chunk in stream:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    now_s = time.perf_counter()
+                    if last_s:
+                        self._gaps.append((now_s, now_s - last_s))
+                    last_s = now_s
+                if self._stop.is_set():
+                    return
+
+
+def prefill(client: OpenAI, path: Path, fps: float, patience_s: float) -> tuple[str, float]:
+    """The id of the processed file, and the seconds that its prefill took."""
+    with path.open("rb") as source:
+        file = client.files.create(file=source, purpose="user_data", extra_body={"fps": str(fps)})
+    file = client.files.wait_for_processing(file.id, poll_interval=0.2, max_wait_seconds=patience_s)
+    if file.status != "processed":
+        raise SystemExit(f"{path.name}: {file.status_details}")
+    return file.id, file.to_dict()["video"]["prefill_s"]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Of sorted values: the least that ``share`` of them do not exceed."""
+    return values[min(len(values) - 1, int(share * len(values)))]
+
+
+def measure(live: Live, given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """One row a repeat. Every repeat prefills the same long video twice; in between it is deleted."""
+    rows = []
+    with live.client() as client:
+        model = client.models.list().data[0].id
+        short, _ = prefill(client, folder / "short.mp4", given.fps, given.patience_s)
+        for repeat in range(-1, given.repeats):  # the first one warms up
+            long = folder / ("short-too.mp4" if repeat < 0 else "long.mp4")
+            file_id, alone_s = prefill(client, long, given.fps, given.patience_s)
+            client.files.delete(file_id)
+            with Streams(live, model, short, given.streams, given.max_tokens) as streams:
+                time.sleep(1.0)
+                begin_s = time.perf_counter()
+                time.sleep(given.seconds if repeat >= 0 else 1.0)
+                middle_s = time.perf_counter()
+                file_id, beside_s = prefill(client, long, given.fps, given.patience_s)
+                end_s = time.perf_counter()
+            client.files.delete(file_id)
+            if repeat >= 0:
+                idle_ms, busy_ms = streams.gaps_ms(begin_s, middle_s), streams.gaps_ms(middle_s, end_s)
+                rows.append(row(idle_ms, busy_ms, middle_s - begin_s, end_s - middle_s, alone_s, beside_s))
+                print(to_json(rows[-1]), flush=True)
+    return rows
+
+
+def row(
+    idle_ms: Sequence[float], busy_ms: Sequence[float], idle_s: float, busy_s: float, alone_s: float, beside_s: float
+) -> dict[str, Any]:
+    """What one repeat has found."""
+    found: dict[str, Any] = {}
+    for name, gaps_ms, took_s in (("idle", idle_ms, idle_s), ("beside_prefill", busy_ms, busy_s)):
+        found[f"{name}_tokens"] = len(gaps_ms)
+        found[f"{name}_tokens_per_s"] = len(gaps_ms) / took_s
+        for percent in (50, 99):
+            found[f"{name}_p{percent}_ms"] = quantile(gaps_ms, percent / 100)
+        found[f"{name}_most_ms"] = gaps_ms[-1]
+    for percent in (50, 99):
+        found[f"p{percent}_ratio"] = found[f"beside_prefill_p{percent}_ms"] / found[f"idle_p{percent}_ms"]
+    found |= {
+        "prefill_alone_s": alone_s,
+        "prefill_beside_streams_s": beside_s,
+        "prefill_ratio": beside_s / alone_s,
+    }
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def prepare(given: argparse.Namespace, folder: Path) -> list[str]:
+    """Videos and checkpoint, in processes of their own; what to start the server with."""
+    context = multiprocessing.get_context("spawn")
+    minutes = {"short": given.short_minutes, "short-too": given.short_minutes + 1, "long": given.minutes}
+    makers = [
+        context.Process(target=make_hour, args=(folder / f"{name}.mp4", WIDTH, HEIGHT, FPS, length))
+        for name, length in minutes.items()
+    ]
+    if given.family:
+        makers.append(context.Process(target=write_checkpoint, args=(given.family, folder / "model", given.layers)))
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+        if maker.exitcode:
+            raise SystemExit("a video or the checkpoint could not be made")
+    return ["--model", str(folder / "model") if given.family else given.model]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny", help="as x2l serve takes it")
+    parser.add_argument("--family", choices=FAMILIES, help="make a random checkpoint of this family instead")
+    parser.add_argument("--layers", type=int, help="of its language model, instead of 28")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--minutes", type=int, default=60, help="of the video that is prefilled")
+    parser.add_argument("--short-minutes", type=int, default=2, help="of the video that is asked about")
+    parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second")
+    parser.add_argument("--seconds", type=float, default=20.0, help="to measure the idle server")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--patience-s", type=float, default=3600.0, help="for a prefill")
+    parser.add_argument("--serve", default="", help="more options of x2l serve, in one string")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="x2l-shares-") as name:
+        folder = Path(name)
+        options = prepare(given, folder)
+        with serving(*options, *shlex.split(given.serve)) as live:
+            shutil.rmtree(folder / "model", ignore_errors=True)  # nothing of the model hangs on its files
+            rows = measure(live, given, folder)
+            plan = dict(live.plan)
+    medians = {name: round(statistics.median(row[name] for row in rows), 3) for name in rows[0]}
+    result = circumstances("python", sys.argv[0], bundled=given.model == "tiny" and not given.family)
+    result |= {
+        "gpu": ask_gpu("name,driver_version,memory.total") if HAS_GPU else None,
+        "plan": plan,
+        "streams": given.streams,
+        "minutes": given.minutes,
+        "medians": medians,
+        "target": {"p99_ratio": MOST_RATIO, "met": medians["p99_ratio"] <= MOST_RATIO},
+        "repeats": rows,
+    }
+    write(result, given.out)
+    columns = ("p50 ms", "p99 ms", "most ms", "tokens/s")
+    kinds = ("p50_ms", "p99_ms", "most_ms", "tokens_per_s")
+    table = {name: [medians[f"{name}_{kind}"] for kind in kinds] for name in ("idle", "beside_prefill")}
+    print_table("between two tokens", columns, table)
+    names = ("prefill_alone_s", "prefill_beside_streams_s", "prefill_ratio", "p50_ratio", "p99_ratio")
+    print_table("ratios", ("median",), {name: [medians[name]] for name in names})
+
+
+if __name__ == "__main__":
+    main()
