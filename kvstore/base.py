@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,9 @@ from kvstore.errors import CorruptBlob, InvalidKey
 Data = bytes | bytearray | memoryview
 Sealed = tuple[bytes, memoryview]
 """Header (its first HEADER_NBYTES bytes, or what there is) and payload of a blob, as they lie in the store."""
+
+NewBuffer = Callable[[int], memoryview]
+"""Makes writable memory of so many bytes."""
 
 _SEGMENT = r"[a-z0-9_-][a-z0-9._-]*"  # no leading dot: neither "." nor ".." nor a hidden file
 _KEY = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
@@ -46,13 +49,14 @@ class Store(ABC):
         payload = _opened(key, self._read(_checked(key)))
         return None if payload is None else bytearray(payload)
 
-    def get_many(self, keys: Sequence[str]) -> list[memoryview | CorruptBlob | None]:
+    def get_many(self, keys: Sequence[str], buffer: NewBuffer | None = None) -> list[memoryview | CorruptBlob | None]:
         """What was put under each of ``keys``, in one read that copies as little as can be; None for a miss.
 
-        In the place of a damaged blob stands the error. The buffers may be the store's own: never write to them.
-        Raises FormatVersionError.
+        In the place of a damaged blob stands the error. The buffers may be the store's own: never write to them. A
+        store that reads straight into the caller's memory does it where ``buffer`` gives it that. Raises
+        FormatVersionError.
         """
-        blobs = self._read_many([_checked(key) for key in keys])
+        blobs = self._read_many([_checked(key) for key in keys], buffer or new_buffer)
         return [_opened_or_error(key, sealed) for key, sealed in zip(keys, blobs, strict=True)]
 
     def put(self, key: str, data: Data) -> None:
@@ -113,8 +117,9 @@ class Store(ABC):
     @abstractmethod
     def _read(self, key: str) -> Sealed | None: ...
 
-    def _read_many(self, keys: Sequence[str]) -> Iterable[Sealed | None]:
-        """In the order of ``keys``. A store that can read several blobs at a time does it here."""
+    def _read_many(self, keys: Sequence[str], buffer: NewBuffer) -> Iterable[Sealed | None]:
+        """In the order of ``keys``. A store that can read several blobs at a time does it here; whether it uses
+        ``buffer`` is its own affair, but it must not touch that memory any more when it returns or raises."""
         return map(self._read, keys)
 
     @abstractmethod

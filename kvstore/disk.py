@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvstore.base import BlobStat, Data, Sealed, Store, new_buffer
+from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, new_buffer
 from kvstore.envelope import HEADER_NBYTES
 from kvstore.errors import FormatVersionError, InvalidStoreURL, StoreFull, StoreUnavailable
 from kvstore.locks import Locks
@@ -94,9 +94,9 @@ class DiskStore(Store):
     def _read(self, key: str) -> Sealed | None:
         with _os_errors(f"cannot read {key}"):
             fd = self._open_blob(key)
-            return None if fd is None else _read_sealed(fd)
+            return None if fd is None else _read_sealed(fd, new_buffer)
 
-    def _read_many(self, keys: Sequence[str]) -> Iterator[Sealed | None]:
+    def _read_many(self, keys: Sequence[str], buffer: NewBuffer) -> Iterator[Sealed | None]:
         """All files are asked of the disk at once, so that it reads one while another is verified."""
         fds: list[int | None] = []
         with _os_errors("cannot read"):
@@ -107,7 +107,7 @@ class DiskStore(Store):
                         os.posix_fadvise(fds[-1], 0, 0, os.POSIX_FADV_WILLNEED)
                 for index, fd in enumerate(fds):
                     fds[index] = None
-                    yield None if fd is None else _read_sealed(fd)
+                    yield None if fd is None else _read_sealed(fd, buffer)
             finally:
                 for fd in fds:
                     if fd is not None:
@@ -247,11 +247,11 @@ def _write_all(fd: int, data: Data) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def _read_sealed(fd: int) -> Sealed:
+def _read_sealed(fd: int, buffer: NewBuffer) -> Sealed:
     """Reads the file and closes it. One that ends early is cut where it ends, which its header tells."""
     try:
         header = os.read(fd, HEADER_NBYTES)
-        payload = new_buffer(max(0, os.fstat(fd).st_size - HEADER_NBYTES))
+        payload = buffer(max(0, os.fstat(fd).st_size - HEADER_NBYTES))
         filled = 0
         while filled < len(payload):
             nbytes = os.readv(fd, [payload[filled:]])

@@ -30,7 +30,7 @@ from redis.cluster import RedisCluster
 from redis.exceptions import MovedError, RedisClusterException
 from redis.retry import Retry
 
-from kvstore.base import BlobStat, Data, Sealed, Store, new_buffer
+from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, new_buffer
 from kvstore.errors import FormatVersionError, InvalidStoreURL, StoreFull, StoreUnavailable
 
 PART_NBYTES = 8 << 20
@@ -140,8 +140,9 @@ class RedisStore(Store):
                 token = blob.token
         return None
 
-    def _read_many(self, keys: Sequence[str]) -> Iterator[Sealed | None]:
-        """The parts of all the blobs, over a few connections at a time."""
+    def _read_many(self, keys: Sequence[str], buffer: NewBuffer) -> Iterator[Sealed | None]:
+        """The parts of all the blobs, over a few connections at a time. Into memory of its own: when one read fails
+        others may go on for a while."""
         futures: list[Future[Any]] = []
 
         def submit(work: Callable[..., _T], *arguments: object) -> Future[_T]:

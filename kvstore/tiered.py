@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from kvstore.base import BlobStat, Data, Sealed, Store
+from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, new_buffer
 from kvstore.envelope import verify
 from kvstore.errors import CorruptBlob, FormatVersionError, StoreUnavailable
 
@@ -37,7 +37,7 @@ class TieredStore(Store):
     def _read(self, key: str) -> Sealed | None:
         return self._below._read(key)
 
-    def _read_many(self, keys: Sequence[str]) -> Iterator[Sealed | None]:
+    def _read_many(self, keys: Sequence[str], buffer: NewBuffer) -> Iterator[Sealed | None]:
         with self._lock:
             kept = {key: self._blobs[key] for key in keys if key in self._blobs}
         try:
@@ -45,7 +45,8 @@ class TieredStore(Store):
         except StoreUnavailable:
             headers = {key: header for key, (header, _) in kept.items()}
         hits = {key: sealed for key, sealed in kept.items() if sealed[0] == headers[key]}
-        from_below = iter(self._below._read_many([key for key in keys if key not in hits]))
+        missing = [key for key in keys if key not in hits]
+        from_below = iter(self._below._read_many(missing, new_buffer))  # it stays here
         for key in keys:
             sealed = hits[key] if key in hits else next(from_below)
             self._keep(key, sealed if _is_whole(key, sealed) else None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compression.kv import ChunkKV
 from kvstore import codec
-from kvstore.base import Store
+from kvstore.base import NewBuffer, Store
 from kvstore.errors import CorruptBlob, MissingBlob
 from kvstore.key import KVKey
 from kvstore.manifest import Manifest
@@ -65,12 +65,15 @@ class VideoStore:
         """The L-KVs of the chunks ``indices``, in that order, on the CPU; see :meth:`read_low_of`."""
         return self.read_low_of([(key, index) for index in indices])
 
-    def read_low_of(self, chunks: Sequence[tuple[KVKey, int]]) -> list[ChunkKV | MissingBlob | CorruptBlob]:
-        """The L-KVs of chunks of any videos, each by key and index, in one read, on the CPU.
+    def read_low_of(
+        self, chunks: Sequence[tuple[KVKey, int]], buffer: NewBuffer | None = None
+    ) -> list[ChunkKV | MissingBlob | CorruptBlob]:
+        """The L-KVs of chunks of any videos, each by key and index, in one read, on the CPU; in memory from ``buffer``
+        where the store reads straight into it.
 
         In the place of one that cannot be read stands the error that says why, so that the others still serve.
         """
-        return self._read([key.low(index) for key, index in chunks])
+        return self._read([key.low(index) for key, index in chunks], buffer)
 
     def read_chunk(self, key: KVKey, index: int) -> tuple[ChunkKV, ChunkKV] | None:
         """A chunk's L-KV and H-KV, on the CPU, whether or not the video is committed; None unless all that
@@ -103,8 +106,8 @@ class VideoStore:
         except CorruptBlob:
             return False
 
-    def _read(self, blobs: Sequence[str]) -> list[ChunkKV | MissingBlob | CorruptBlob]:
-        return [_decoded(blob, data) for blob, data in zip(blobs, self._store.get_many(blobs), strict=True)]
+    def _read(self, blobs: Sequence[str], buffer: NewBuffer | None = None) -> list[ChunkKV | MissingBlob | CorruptBlob]:
+        return [_decoded(blob, data) for blob, data in zip(blobs, self._store.get_many(blobs, buffer), strict=True)]
 
 
 def _decoded(blob: str, data: memoryview | CorruptBlob | None) -> ChunkKV | MissingBlob | CorruptBlob:

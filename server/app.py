@@ -154,6 +154,7 @@ def _engine_options(settings: Settings, spool: Spool) -> EngineOptions:
         store_quota_bytes=settings.store_quota_bytes,
         resident_nbytes=settings.gpu_kv_budget,
         shared_low_nbytes=settings.gpu_low_kv_budget,
+        prefetch_nbytes=settings.gpu_prefetch_budget,
         limits=VideoLimits(
             max_nbytes=settings.max_upload_bytes,
             max_duration_s=settings.max_duration_s,

@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     gpu_low_kv_budget: ByteSize = Field(
         ByteSize(2 * 2**30), ge=0, description="Room on a GPU for the detailed KVs that were re-loaded last."
     )
+    gpu_prefetch_budget: ByteSize = Field(
+        ByteSize(2**29), ge=0, description="Room on a GPU for detailed KVs that are read ahead; 0: none are."
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")

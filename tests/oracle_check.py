@@ -29,10 +29,10 @@ from compression.cache import KVCache
 from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from server.models.base import Row
-from server.models.clip import normalize
-from server.models.compression_config import CompressionConfig
 from server.models.registry import load_model
-from server.models.videoxl import VideoXL
+from server.models.videoxl.clip import normalize
+from server.models.videoxl.compression_config import CompressionConfig
+from server.models.videoxl.model import VideoXL
 from server.video.frames import Frames
 
 ATOL, RTOL = 3e-4, 1e-3

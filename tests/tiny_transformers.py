@@ -23,8 +23,8 @@ from transformers import (
 from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from server.models.base import Row, Turn
-from server.models.decoder import Window
-from server.models.one_pass import OnePassModel
+from server.models.families.one_pass import OnePassModel
+from server.models.lm.decoder import Window
 from server.video.frames import Frames
 
 SPECIALS = ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

@@ -23,11 +23,13 @@ def measure_follow_up(
     """Medians in ms over a live server, the bundled model and the store at ``url``, seen by the client.
 
     ``cold`` is from the first byte uploaded to the first token: everything is decoded and prefilled. ``reloaded`` is a
-    follow-up with the default re-load: H-KVs on the device, L-KVs from the store, which no host memory stands before.
+    follow-up with the default re-load: H-KVs on the device, L-KVs from the store, which no host memory stands before,
+    and of which none stay on a GPU or come there ahead.
     ``resident`` is one with nothing re-loaded. ``after_restart`` is the first question to a new server on that store,
     which loads the H-KVs from it as well; it goes without for stores that end with their server.
     """
-    settings = load_settings(store=url, store_cache_bytes=0, port=0, api_key=(), log_level="warning")
+    nothing_kept = {"store_cache_bytes": 0, "gpu_low_kv_budget": 0, "gpu_prefetch_budget": 0}
+    settings = load_settings(store=url, port=0, api_key=(), log_level="warning", **nothing_kept)
     with running(settings, open_backend(settings)) as address, _client(address) as client:
         begin_s = time.perf_counter()
         file = client.files.create(file=video, purpose="user_data")

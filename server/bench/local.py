@@ -39,9 +39,9 @@ from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, VideoStatus
 from server.engine.request import Delta, Outcome, Request, SamplingParams
 from server.models.base import Turn, VideoModel
-from server.models.one_pass import OnePassModel, OnePassPrefill
-from server.models.raw import RawPrefill
-from server.models.videoxl import VideoXL
+from server.models.families.one_pass import OnePassModel, OnePassPrefill
+from server.models.videoxl.model import VideoXL
+from server.models.videoxl.raw import RawPrefill
 from server.video.reader import Sampling, VideoLimits, VideoReader
 
 _BATCH = 16

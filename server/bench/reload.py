@@ -24,6 +24,7 @@ from kvstore.key import KVKey
 from kvstore.open import open_store
 from kvstore.redis import CONNECTIONS, PART_NBYTES, READ_NBYTES
 from kvstore.video import VideoStore
+from server.bench.arrival import measure_arrival
 from server.bench.circumstances import circumstances
 from server.bench.redis_server import RedisMissing, redis_server
 from server.spool import Spool
@@ -93,7 +94,8 @@ def measure_throughput(
 ) -> list[dict[str, Any]]:
     """One row a tier; without ``redis_url`` none for Redis.
 
-    A re-load reads the L-KVs of ``top`` of 6 chunks, other ones each time, to tensors on the CPU, checksums verified.
+    A re-load reads the L-KVs of ``top`` of 6 chunks, other ones each time, to tensors on the CPU, checksums verified;
+    ``arrival`` of a row takes them to the device that models run on (see :func:`measure_arrival`).
     It takes turns with the floor: the same bytes as plain files read into fresh memory (disk), as plain GETs of 8 MB
     on one or on several connections, whichever is faster (redis), or copied (memory). Files lie in the page cache.
     """
@@ -110,10 +112,10 @@ def measure_throughput(
 
 
 def _measure(tier: _Tier, kv: ChunkKV, top: int, repeats: int) -> dict[str, Any]:
-    videos = VideoStore(tier.store)
+    videos, has_gpu = VideoStore(tier.store), torch.cuda.is_available()
     taken: dict[str, list[float]] = {name: [] for name in ("re-load", *tier.floors)}
-    for turn in range(-1, repeats):  # the first one warms up
-        indices = [(turn * top + offset) % _NUM_CHUNKS for offset in range(top)]
+    turns = [[(turn * top + offset) % _NUM_CHUNKS for offset in range(top)] for turn in range(-1, repeats)]
+    for turn, indices in enumerate(turns, -1):  # the first one warms up
         read_low = {"re-load": lambda indices: videos.read_low(_KEY, indices)}
         for name, read in (tier.floors | read_low).items():
             begin_s = time.perf_counter()
@@ -134,6 +136,7 @@ def _measure(tier: _Tier, kv: ChunkKV, top: int, repeats: int) -> dict[str, Any]
         "met": share >= LEAST_SHARE[tier.name],
         "reload_ms": round(1000 * median(taken["re-load"][1:]), 1),
         "reload_mb": round(kv.nbytes * top / 1e6, 1),
+        "arrival": measure_arrival(videos, _KEY, kv, turns, torch.device("cuda" if has_gpu else "cpu")),
     }
 
 

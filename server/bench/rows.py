@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from server.bench.compressor_methods import COMPRESSOR_METHODS
 from server.bench.methods import METHODS, PLAIN, Method
 from server.models.base import VideoModel
-from server.models.one_pass import OnePassModel
+from server.models.families.one_pass import OnePassModel
 
 EVERY_METHOD: tuple[Method, ...] = (*METHODS, *COMPRESSOR_METHODS, PLAIN)
 """In the table's order; a name stands for one method only."""

@@ -205,7 +205,7 @@ def reload(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the results go as JSON.")] = None,
 ) -> None:
-    """Re-loads detailed KVs from each kind of store, against reading as many plain bytes.
+    """Re-loads detailed KVs from each kind of store, against reading as many plain bytes, and takes them to the device.
 
     Then asks a live server with the bundled model follow-up questions: cold, from each store, everything resident.
     """
@@ -231,6 +231,11 @@ def reload(
         print(
             f"{row['tier']:7} {row['reload_gb_s']:6.2f} GB/s, {row['share']:.0%} of the floor ({floors}); "
             f"at least {row['at_least']:.0%}: {met}"
+        )
+        arrival = row["arrival"]
+        print(
+            f"{row['tier']:7} {arrival['gb_s']:6.2f} GB/s to {arrival['device']}, {arrival['ms']:.1f} ms; "
+            f"one after the other {arrival['in_turn_ms']:.1f} ms; the copy alone {arrival['floor_ms']:.1f} ms"
         )
     for row in result.get("follow_up", {}).get("tiers", ()):
         times = ", ".join(f"{name.removesuffix('_ms')} {row[name]} ms" for name in row if name != "tier")

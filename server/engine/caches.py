@@ -17,6 +17,9 @@ from server.models.base import VideoModel
 LowKey = tuple[KVKey, int]
 """A video and the index of a chunk in it."""
 
+Low = ChunkKV | RotatedKV
+"""An L-KV on the device: to be copied into every cache, or as all caches see it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placed:
@@ -28,7 +31,7 @@ class Placed:
 
 
 class Caches(Protocol):
-    """Used by the engine thread alone, but for :meth:`resident`."""
+    """Used by the engine thread alone, but for :meth:`resident` and :meth:`prepare_low`."""
 
     nbytes: int
     """Bytes of L-KVs that stay on the device."""
@@ -39,13 +42,16 @@ class Caches(Protocol):
     def chunks(self, videos: Sequence[Placed]) -> tuple[ChunkKV, ...]:
         """The H-KVs before RoPE of all videos, for scorers that read them."""
 
-    def find_low(self, key: LowKey) -> object | None:
+    def find_low(self, key: LowKey) -> Low | None:
         """An L-KV, if it is on the device already."""
 
-    def add_low(self, key: LowKey, kv: ChunkKV) -> object:
-        """An L-KV that was read from the store, on the device."""
+    def prepare_low(self, kv: ChunkKV) -> Low:
+        """What caches see of an L-KV that was read from the store and is on the device."""
 
-    def assemble(self, videos: Sequence[Placed], low: Mapping[int, object], room: int) -> MixedCache:
+    def add_low(self, key: LowKey, low: Low) -> Low:
+        """A prepared L-KV, or the same that was there before."""
+
+    def assemble(self, videos: Sequence[Placed], low: Mapping[int, Low], room: int) -> MixedCache:
         """Of one video or more: ``low`` in its places, counted through all of them, H-KVs in the others."""
 
 
@@ -66,10 +72,13 @@ class Copies:
     def find_low(self, key: LowKey) -> None:
         return None
 
-    def add_low(self, key: LowKey, kv: ChunkKV) -> ChunkKV:
-        return kv.to(self._model.device)
+    def prepare_low(self, kv: ChunkKV) -> ChunkKV:
+        return kv
 
-    def assemble(self, videos: Sequence[Placed], low: Mapping[int, object], room: int) -> MixedCache:
+    def add_low(self, key: LowKey, low: Low) -> Low:
+        return low
+
+    def assemble(self, videos: Sequence[Placed], low: Mapping[int, Low], room: int) -> MixedCache:
         chunks: list[ChunkKV] = []
         for video in videos:
             for chunk in _high(video).chunks:
@@ -101,19 +110,22 @@ class Shares:
             self._low.move_to_end(key)
         return found
 
-    def add_low(self, key: LowKey, kv: ChunkKV) -> RotatedKV:
-        known = self.find_low(key)  # another question may have read it meanwhile
+    def prepare_low(self, kv: ChunkKV) -> RotatedKV:
+        return RotatedKV.of([kv], self._model.rope)
+
+    def add_low(self, key: LowKey, low: Low) -> Low:
+        assert isinstance(low, RotatedKV)
+        known = self.find_low(key)  # another question may have waited for it too
         if known is not None:
             return known
-        added = RotatedKV.of([kv.to(self._model.device)], self._model.rope)
-        if added.nbytes <= self._low_nbytes:
-            self._low[key] = added
-            self.nbytes += added.nbytes
+        if low.nbytes <= self._low_nbytes:
+            self._low[key] = low
+            self.nbytes += low.nbytes
         while self.nbytes > self._low_nbytes:
             self.nbytes -= self._low.popitem(last=False)[1].nbytes
-        return added
+        return low
 
-    def assemble(self, videos: Sequence[Placed], low: Mapping[int, object], room: int) -> MixedCache:
+    def assemble(self, videos: Sequence[Placed], low: Mapping[int, Low], room: int) -> MixedCache:
         parts: list[Part] = []
         place = 0
         for video in videos:

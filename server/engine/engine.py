@@ -6,17 +6,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 
-from compression.kv import ChunkKV
 from kvstore.base import Store
-from kvstore.errors import CorruptBlob, MissingBlob, StoreError
+from kvstore.errors import StoreError
 from kvstore.key import KVKey
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
@@ -29,10 +28,11 @@ from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
 from server.engine.question import Phase, Question
 from server.engine.reads import Reads
+from server.engine.reloads import Outcome, Reloads, Wanted
 from server.engine.request import Delta, Request
 from server.engine.residency import Residency
 from server.engine.scheduler import Scheduler
-from server.engine.video import Video
+from server.engine.transfer import Arrival
 from server.models.base import VideoModel
 from server.video.frames import Frames
 
@@ -96,7 +96,18 @@ class Engine:
             resident_nbytes=lambda: self._pool.nbytes,
             resident_videos=lambda: len(self._pool),
             shared_low_nbytes=lambda: self._caches.nbytes,
+            prefetched_nbytes=lambda: self._reloads.nbytes,
             device=model.device,
+        )
+        self._reloads = Reloads(
+            model,
+            self._videos,
+            self._caches,
+            self._reads,
+            options,
+            self.metrics,
+            prefetch_nbytes=options.prefetch_nbytes if share else 0,
+            repair=self.library.repair,
         )
 
     @property
@@ -201,6 +212,7 @@ class Engine:
                         while not self._stopped:
                             self._inbox.get_nowait()()
                     self._reads.expire()
+                    self._reloads.read_ahead()
         except Exception:
             _log.exception("the engine has failed")
             error = ShuttingDown("the engine has failed")
@@ -223,6 +235,8 @@ class Engine:
         """Gives a question a slot, or lets it wait for its videos without one."""
         if question.videos:
             self._residency.begin(question)
+            self._reloads.expect(question)
+            self._reloads.read_ahead()  # while it is scored
         else:
             question.read_text_only(self._model.prefix())
             question.phase = Phase.PREFILL
@@ -247,34 +261,28 @@ class Engine:
             self._emit(question, question.finish("stop"))
         elif question.cache is not None:
             question.phase = Phase.PREFILL
-        elif not (wanted := question.wanted()):
-            question.reload({})
-            question.phase = Phase.PREFILL
         else:
             question.phase = Phase.RELOADING
-            self._reads.submit(
-                partial(self._videos.read_low_of, [(video.key, index) for _, video, index in wanted]),
-                lambda future: self._attempt(question, partial(self._reloaded, wanted, future)),
-                self._options.reload_timeout_s,
+            wanted = question.wanted()
+            self._reloads.expect(question)
+            self._reloads.reload(
+                wanted, lambda outcomes: self._attempt(question, partial(self._reloaded, wanted, outcomes))
             )
 
-    def _reloaded(
-        self,
-        wanted: list[tuple[int, Video, int]],
-        future: Future[list[ChunkKV | MissingBlob | CorruptBlob]],
-        question: Question,
-    ) -> None:
+    def _reloaded(self, wanted: Sequence[Wanted], outcomes: Sequence[Outcome], question: Question) -> None:
         """An L-KV that cannot be read is no reason to fail: the H-KV is there."""
-        low: dict[int, ChunkKV] = {}
-        try:
-            for (place, video, _), kv in zip(wanted, future.result(), strict=True):
-                if isinstance(kv, ChunkKV):
-                    low[place] = kv
-                else:
-                    _log.warning("an H-KV stands in: %s", kv)
-                    self.library.repair(video)
-        except StoreError as error:
-            _log.warning("H-KVs stand in: %s", error)
+        low: dict[int, Arrival] = {}
+        for (place, video, _), outcome in zip(wanted, outcomes, strict=True):
+            try:
+                found = outcome.result()
+            except StoreError as error:
+                _log.warning("an H-KV stands in: %s", error)
+                continue
+            if isinstance(found, Arrival):
+                low[place] = found
+            else:
+                _log.warning("an H-KV stands in: %s", found)
+                self.library.repair(video)
         question.reload(low)
         question.phase = Phase.PREFILL
 

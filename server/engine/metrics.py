@@ -28,6 +28,7 @@ class EngineMetrics:
         resident_nbytes: Callable[[], int],
         resident_videos: Callable[[], int],
         shared_low_nbytes: Callable[[], int],
+        prefetched_nbytes: Callable[[], int],
         device: torch.device,
     ) -> None:
         """Takes functions that tell the gauges' values when they are asked for; from any thread."""
@@ -35,6 +36,8 @@ class EngineMetrics:
         self.requests = Counter("x2l_requests", "Requests ended, by how", ["outcome"], registry=registry)
         self.tokens = Counter("x2l_generated_tokens", "Tokens generated", registry=registry)
         self.reload_bytes = Counter("x2l_reload_bytes", "Bytes of L-KVs read for questions", registry=registry)
+        self.prefetched = Counter("x2l_prefetched_chunks", "L-KVs read before a question asked", registry=registry)
+        self.prefetch_hits = Counter("x2l_prefetch_hits", "Those of them that one did ask for", registry=registry)
         self.degraded = Counter("x2l_degraded", "Answers in which an H-KV stood in for an L-KV", registry=registry)
         self.chunks = Counter("x2l_prefilled_chunks", "Chunks of uploads prefilled", registry=registry)
         self.batch = Histogram("x2l_batch_size", "Sequences in a forward pass", buckets=_BATCH, registry=registry)
@@ -50,6 +53,7 @@ class EngineMetrics:
             ("x2l_resident_bytes", "Bytes of H-KVs on the device", resident_nbytes),
             ("x2l_resident_videos", "Videos whose H-KVs are on the device", resident_videos),
             ("x2l_shared_low_bytes", "Bytes of L-KVs that stay on the device for other questions", shared_low_nbytes),
+            ("x2l_prefetched_bytes", "Bytes of L-KVs that were read ahead and not asked for yet", prefetched_nbytes),
             *_memory_of(device),
         ):
             Gauge(name, text, registry=registry).set_function(value)

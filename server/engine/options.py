@@ -20,7 +20,8 @@ class EngineOptions:
     ``low_precision`` how L-KVs are stored.
 
     With ``share_kvs`` the caches of all questions see the same KVs of a video instead of a copy each (None: where that
-    pays, on a GPU); then up to ``shared_low_nbytes`` of the L-KVs used last stay on the device.
+    pays, on a GPU); then up to ``shared_low_nbytes`` of the L-KVs used last stay on the device, and up to
+    ``prefetch_nbytes`` of others are there that were read ahead.
 
     A prefill holds its video by a lease of ``lease_s``, which another replica takes over when it lapses. A question
     waits ``reload_timeout_s`` for its L-KVs before H-KVs stand in, and ``load_timeout_s`` for its H-KVs, or for a
@@ -41,6 +42,7 @@ class EngineOptions:
     resident_nbytes: int | None = None
     share_kvs: bool | None = None
     shared_low_nbytes: int = 1 << 31
+    prefetch_nbytes: int = 0
     limits: VideoLimits = field(default_factory=VideoLimits)
     inline_ttl_s: int = 86_400
     sweep_interval_s: float = 30.0

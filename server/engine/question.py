@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -16,13 +16,14 @@ from compression.select import CacheSizes, Selection, select
 from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import Lease
-from server.engine.caches import Caches, LowKey, Placed
+from server.engine.caches import Caches, Low, LowKey, Placed
 from server.engine.detokenize import Detokenizer, StopStrings
 from server.engine.errors import ContextLengthExceeded
 from server.engine.options import EngineOptions
 from server.engine.prompt import Prompt
 from server.engine.request import Delta, Evidence, FileChunks, FinishReason, Outcome, Request
 from server.engine.sampler import Sampler
+from server.engine.transfer import Arrival
 from server.engine.video import Video
 from server.models.base import Row, Step, VideoModel
 
@@ -84,7 +85,7 @@ class Question:
         """Behind the videos, where that does not follow from their size in tokens."""
         self._shifts: dict[str, int] = {}
         """How far a file's chunks stand from where they were prefilled; only where they bring their positions."""
-        self._low: dict[int, object] = {}
+        self._low: dict[int, Low] = {}
         """Selected L-KVs by place that are on the device, until the cache is put together."""
         self._scores: tuple[float, ...] = ()
         self._degraded = False
@@ -167,13 +168,30 @@ class Question:
         named = [(place, *self._chunks[place]) for place, low in found.items() if low is None]
         return [(place, self.videos[file_id], chunk.index) for place, file_id, chunk in named]
 
-    def reload(self, low: Mapping[int, ChunkKV]) -> None:
-        """Makes ready to answer: the selected chunks' L-KVs, those in ``low`` by place, which were read from the store
-        to the CPU, and those that were on the device already; the H-KVs of the others and of those that could not be
-        read."""
-        self._reload_nbytes = sum(kv.nbytes for kv in low.values())
-        for place, kv in low.items():
-            self._low[place] = self._caches.add_low(self._low_key(place), kv)
+    def expected(self, before: Mapping[KVKey, Collection[int]]) -> list[int]:
+        """Places of chunks whose L-KVs are likely to be wanted soon, best first. Until the chunks are scored, if any
+        may be re-loaded: those that were selected ``before``, by video. Then: those that are scored next best, as many
+        as are selected now."""
+        if self._scores:
+            others = [place for place in range(len(self._chunks)) if place not in self.selection.chunks]
+            others.sort(key=lambda place: -self._scores[place])
+            return others[: len(self.selection.chunks)]
+        if self.request.dial.mode == "high" or self.request.dial.reload == 0:
+            return []
+        keys = [self._low_key(place) for place in range(len(self._chunks))]
+        return [place for place, (key, index) in enumerate(keys) if index in before.get(key, ())]
+
+    def low_of(self, place: int) -> tuple[Video, int, int]:
+        """A chunk's L-KV: its video, its index in that, its KV tokens."""
+        file_id, chunk = self._chunks[place]
+        return self.videos[file_id], chunk.index, self._sizes.low[place]
+
+    def reload(self, low: Mapping[int, Arrival]) -> None:
+        """Makes ready to answer: the selected chunks' L-KVs, those in ``low`` by place, which were read from the store,
+        and those that were on the device already; the H-KVs of the others and of those that could not be read."""
+        self._reload_nbytes = sum(arrival.nbytes for arrival in low.values())
+        for place, arrival in low.items():
+            self._low[place] = self._caches.add_low(self._low_key(place), arrival.take())
         self._degraded = any(place not in self._low for place in self.selection.chunks)
         room = self._prompt.num_tokens + self._max_tokens
         self.cache = self._caches.assemble(self._placed, self._low, room)

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 from compression.interleave import count_vsts
 from server.models.base import ModelSpec
-from server.models.compression_config import CompressionConfig
 from server.models.memory import Past, room_to_ask
+from server.models.videoxl.compression_config import CompressionConfig
 
 _MOST_CHUNKS = 100_000
 """Where the KVs kept of a chunk are so few that the limit is never met, this is long enough."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from server.models.base import VideoModel
-from server.models.families import FAMILIES, family_loader
+from server.models.families.supported import FAMILIES, family_loader
 from server.models.hub import UnknownModelError as UnknownModelError
 from server.models.hub import find_folder, read_json
 from server.models.tiny.model import load_tiny
@@ -80,14 +80,14 @@ def _loader(config: dict[str, Any], name: str) -> Loader:
     """The loader of a checkpoint's architecture. Modules of models are slow to import, so each comes when asked for."""
     kinds = {str(config.get("model_type")), *map(str, config.get("architectures") or ())}
     if kinds & {"llava_qwen", "LlavaQwenForCausalLM"} or "beacon_window" in config:
-        from server.models.pretrained import load_pretrained
+        from server.models.videoxl.pretrained import load_pretrained
 
         return load_pretrained
     shown = ", ".join(sorted(kinds - {"None"})) or "none at all"
     raise UnknownModelError(
         f"model {name!r} has the architecture {shown}; supported are 'tiny', the bundled model, Video-XL (llava_qwen), "
-        f"{', '.join(FAMILIES)}. Another one is added with a file of its own, a class of "
-        "server.models.base.VideoModel, and a line in server/models/registry.py"
+        f"{', '.join(FAMILIES)}. Another one is added with one file in "
+        "server/models/families and its name in supported.py there: see 'Contribute' in the README"
     )
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from server.bench.circumstances import circumstances
-from server.models.attention import attend, causal_mask
+from server.models.lm.attention import attend, causal_mask
 
 HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128
 SHAPES = {

@@ -27,7 +27,7 @@ from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from compression.segments import Part, RotatedKV, SharedCache
 from server.bench.circumstances import circumstances, to_json
-from server.models.decoder import Decoder, DecoderConfig, Window
+from server.models.lm.decoder import Decoder, DecoderConfig, Window
 
 SEVEN_B = DecoderConfig(
     vocab_size=152064,
@@ -148,8 +148,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 def overlapping(model: Decoder, config: DecoderConfig, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     """The same with kernels that are launched while those before them end; and whether the logits are the same."""
-    from server.models import kernels
     from server.models.base import Step
+    from server.models.lm import kernels
 
     rows = []
     for shape in shapes:
@@ -293,7 +293,7 @@ _DECODINGS: dict[int, Any] = {}
 
 
 def decoding_of(model: Decoder, config: DecoderConfig) -> Any:
-    from server.models.decode import Decoding
+    from server.models.lm.decode import Decoding
 
     if id(model) not in _DECODINGS:
         _DECODINGS[id(model)] = Decoding(
@@ -383,7 +383,7 @@ def transformers_ms(model: Decoder, config: DecoderConfig, num_tokens: int) -> d
 
 def linear_speeds(model: Decoder, config: DecoderConfig, tune: bool) -> list[dict[str, Any]]:
     """GB/s of every projection's weights, layer after layer: by the library for 1, 8 and 32 rows, and by the kernel."""
-    from server.models import kernels
+    from server.models.lm import kernels
 
     decoding = decoding_of(model, config)
     like = model.embed_tokens.weight
@@ -423,7 +423,7 @@ def linear_speeds(model: Decoder, config: DecoderConfig, tune: bool) -> list[dic
 
 
 def attention_gb_s(decoding_plan: Any, queries: Tensor, config: DecoderConfig, tables: Any, nbytes: int) -> float:
-    from server.models import kernels
+    from server.models.lm import kernels
 
     lengths, positions, table = tables
 
@@ -440,7 +440,7 @@ def attention_gb_s(decoding_plan: Any, queries: Tensor, config: DecoderConfig, t
 @contextmanager
 def attention(block: int, num_warps: int, num_stages: int, smallest: int, largest: int, wave: int) -> Iterator[None]:
     """With other block sizes than the kernel's own."""
-    from server.models import decode, kernels
+    from server.models.lm import decode, kernels
 
     defaults = kernels.attend.__kwdefaults__
     assert defaults is not None
@@ -458,7 +458,7 @@ def tune_attention(
     config: DecoderConfig, device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape]
 ) -> list[dict[str, Any]]:
     """GB/s of KVs that attention reads, merging included, for several block and piece sizes; leaves the best on."""
-    from server.models import decode, kernels
+    from server.models.lm import decode, kernels
 
     like = torch.empty((), dtype=dtype, device=device)
     table = torch.stack(config.rope.tables(torch.arange(config.max_position_embeddings, device=device), dtype), dim=1)
@@ -498,7 +498,7 @@ def relative_errors(config: DecoderConfig, device: torch.device) -> dict[str, fl
     import dataclasses
 
     from server.models.base import Step
-    from server.models.decode import Decoding
+    from server.models.lm.decode import Decoding
 
     small = dataclasses.replace(config, num_hidden_layers=2)
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from checkpoints import TINY, layout
 
-from server.models.clip import CLIP_L_14_336
+from server.models.videoxl.clip import CLIP_L_14_336
 
 FAMILIES = ("videoxl", "qwen2_5_vl")
 VOCAB_SIZE, NUM_TEXT_TOKENS = 152_064, 151_643

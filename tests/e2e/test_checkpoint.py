@@ -20,7 +20,7 @@ from checkpoints import TINY, random_weights, write_checkpoint
 from clips import Clip, Clips
 from live import Live, Serve, ask
 
-from server.models.pretrained import PREFIX
+from server.models.videoxl.pretrained import PREFIX
 
 PREFIX_TOKENS = len(re.sub(r"<\|\w+\|>", "#", PREFIX))  # a token a character
 POSITIONS = 240

@@ -22,9 +22,9 @@ class Counting(MemoryStore):
         super().__init__()
         self.payloads = []
 
-    def _read_many(self, keys):
+    def _read_many(self, keys, buffer):
         self.payloads += keys
-        return super()._read_many(keys)
+        return super()._read_many(keys, buffer)
 
 
 @pytest.fixture

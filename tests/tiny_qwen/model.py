@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from compression.rope import Rope
-from server.models.patches import Patches
+from server.models.families.patches import Patches
 from server.models.tiny import tokenizer as words
 from server.models.tiny.world import CHUNK_TICKS
 

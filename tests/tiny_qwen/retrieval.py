@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compression.rope import Rope
-from server.models.decoder import LayerLike
+from server.models.lm.decoder import LayerLike
 from server.models.tiny.questions import TYPES
 from server.models.tiny.world import COLORS, PLATE_COLORS, SHAPES
 

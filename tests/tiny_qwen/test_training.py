@@ -12,8 +12,8 @@ from tiny_qwen.sequence import CHUNK_TOKENS
 from tiny_qwen.train import Recipe, Trainer
 
 from compression.mixed import MixedCache
-from server.models.decoder import Window
-from server.models.one_pass import OnePassModel
+from server.models.families.one_pass import OnePassModel
+from server.models.lm.decoder import Window
 from server.models.registry import load_model
 from server.models.tiny.world import sample_scripts, training_generator
 from server.video.frames import Frames

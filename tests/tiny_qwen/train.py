@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from server.models.families.decoder import TransformersDecoder, TransformersLayer, read_rope
 from server.models.tiny.auxiliary import ReadingHead, frame_targets, retrieval_spans
 from server.models.tiny.degrade import degrade
 from server.models.tiny.encoder import TinyEncoder
@@ -37,7 +38,6 @@ from server.models.tiny.report import Report
 from server.models.tiny.tokenizer import ASSISTANT
 from server.models.tiny.tokenizer import END as BUNDLED_END
 from server.models.tiny.world import Script, sample_scripts, training_generator
-from server.models.transformers_decoder import TransformersDecoder, TransformersLayer, read_rope
 
 MIX: Mapping[str, float] = {
     "code": 0.36, "exist": 0.09, "order": 0.12, "count": 0.08, "time": 0.11, "object": 0.10, "multi": 0.10,

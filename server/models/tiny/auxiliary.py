@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compression.rope import Rope
-from server.models.decoder import Layer
+from server.models.lm.decoder import Layer
 from server.models.tiny.encoder import TinyEncoder
 from server.models.tiny.packed import Layout, Tables
 from server.models.tiny.questions import TYPES, Questions

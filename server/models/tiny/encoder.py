@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from server.models.decoder import RMSNorm
+from server.models.lm.decoder import RMSNorm
 from server.models.tiny.preprocess import resize
 from server.video.frames import Frames
 

@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from compression.score import AttentionScorer
 from server.models.base import ModelSpec
-from server.models.compression_config import read_compression
-from server.models.decoder import Decoder, DecoderConfig
-from server.models.decoder_model import PromptConfig
+from server.models.lm.decoder import Decoder, DecoderConfig
+from server.models.lm.decoder_model import PromptConfig
 from server.models.tensors import load_into, without_values
 from server.models.tiny.encoder import TimeEmbedding, TinyEncoder
 from server.models.tiny.tokenizer import PREFIX
-from server.models.videoxl import VideoXL
+from server.models.videoxl.compression_config import read_compression
+from server.models.videoxl.model import VideoXL
 
 FOLDER = Path(__file__).parent
 

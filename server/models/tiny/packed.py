@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compression.interleave import interleave
 from compression.rope import Rope
-from server.models.decoder import Decoder, Layer
+from server.models.lm.decoder import Decoder, Layer
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from server.models.decoder import DecoderConfig, Layer
+from server.models.lm.decoder import DecoderConfig, Layer
 from server.models.tiny import tokenizer
 from server.models.tiny.auxiliary import ReadingHead, frame_targets, memory_reading, retrieval_loss, retrieval_spans
 from server.models.tiny.degrade import degrade

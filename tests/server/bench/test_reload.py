@@ -26,6 +26,9 @@ def test_every_tier_and_nothing_left_behind(tmp_path, monkeypatch):
         assert row["reload_mb"] == 17.9
         assert row["met"] == (row["share"] >= LEAST_SHARE[row["tier"]])
         assert abs(row["share"] - row["reload_gb_s"] / max(row["floor_gb_s"].values())) < 0.2 * row["share"]
+        arrival = row["arrival"]
+        assert min(arrival["ms"], arrival["in_turn_ms"], arrival["floor_ms"]) > 0
+        assert arrival["times_in_turn"] == round(arrival["in_turn_ms"] / arrival["ms"], 2)
     assert "follow_up" not in result
 
 

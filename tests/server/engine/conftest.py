@@ -23,9 +23,9 @@ from server.engine.library import FileRecord
 from server.engine.options import EngineOptions
 from server.engine.request import Delta, Outcome, Request, SamplingParams
 from server.models.base import Turn
-from server.models.decoder import DecoderConfig
+from server.models.lm.decoder import DecoderConfig
 from server.models.tiny.model import TinyModules, assemble, read_config
-from server.models.videoxl import VideoXL
+from server.models.videoxl.model import VideoXL
 from server.video.reader import Sampling
 
 TIMEOUT_S = 60.0

@@ -20,7 +20,7 @@ from kvstore.video import VideoStore
 from server.engine.errors import ContextLengthExceeded, FileNotFound
 from server.engine.request import FileChunks
 from server.models.base import Row, Turn
-from server.models.videoxl import VideoXL
+from server.models.videoxl.model import VideoXL
 from server.video.frames import Frames
 from server.video.reader import Sampling
 

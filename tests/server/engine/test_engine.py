@@ -21,7 +21,7 @@ from server.engine.detokenize import Detokenizer
 from server.engine.errors import Cancelled, ContextLengthExceeded, FileNotFound, QueueFull
 from server.engine.request import FileChunks
 from server.models.base import Row, Turn
-from server.models.videoxl import VideoXL
+from server.models.videoxl.model import VideoXL
 
 Drive = Callable[..., Any]
 QUESTIONS = (

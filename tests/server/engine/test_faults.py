@@ -19,7 +19,7 @@ from kvstore.memory import MemoryStore
 from server.engine.errors import DeviceOutOfMemory, RequestFailed, ShuttingDown, VideoFailed
 from server.engine.request import Request, SamplingParams
 from server.models.base import Row, Turn
-from server.models.videoxl import VideoXL
+from server.models.videoxl.model import VideoXL
 
 Drive = Callable[..., Any]
 

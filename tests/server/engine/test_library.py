@@ -24,7 +24,7 @@ from kvstore.errors import QuotaExceeded
 from kvstore.memory import MemoryStore
 from kvstore.video import VideoStore
 from server.engine.errors import FileNotFound, ShuttingDown, VideoFailed
-from server.models.videoxl import VideoXL
+from server.models.videoxl.model import VideoXL
 from server.video.errors import NotAVideo, VideoTooLarge
 from server.video.reader import Sampling, VideoLimits
 

@@ -13,7 +13,7 @@ from compression.segments import SharedCache
 from compression.select import Dial
 from kvstore.memory import MemoryStore
 from server.models.base import Row, Step
-from server.models.videoxl import VideoXL
+from server.models.videoxl.model import VideoXL
 
 Drive = Callable[..., Any]
 QUESTION = "What code is on the red star?"

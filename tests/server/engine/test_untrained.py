@@ -18,7 +18,7 @@ from compression.select import Dial
 from kvstore.memory import MemoryStore
 from server.engine.detokenize import Detokenizer
 from server.models.base import Row, Turn
-from server.models.one_pass import OnePassModel
+from server.models.families.one_pass import OnePassModel
 from server.models.registry import load_model
 from server.video.frames import Frames
 from server.video.reader import Sampling, VideoLimits, VideoReader

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 from tiny_transformers import byte_tokenizer
 
-from server.models import llava_onevision, pretrained, qwen2_5_vl, qwen3_vl
+from server.models.families import llava_onevision, qwen2_5_vl, qwen3_vl
+from server.models.videoxl import pretrained
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 QUESTION = {"role": "user", "content": "Who?"}

@@ -11,7 +11,7 @@ import torch
 from tiny_transformers import noise, save_qwen2_5_vl
 
 from compression.score import AttentionScorer
-from server.models.one_pass import OnePassModel
+from server.models.families.one_pass import OnePassModel
 from server.models.registry import load_model
 from server.models.tensors import CheckpointError
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.models.base import ModelSpec, PositionLimitError
-from server.models.compression_config import CompressionConfig
 from server.models.memory import CHEAPER, Past, room_to_ask
 from server.models.positions import longest_video
 from server.models.registry import load_model
-from server.models.videoxl import VideoXL
+from server.models.videoxl.compression_config import CompressionConfig
+from server.models.videoxl.model import VideoXL
 
 SPEC_7B = ModelSpec(
     name="7b", num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, vocab_size=152064, tokens_per_frame=144,

@@ -10,10 +10,10 @@ from compression.cache import KVCache
 from compression.mixed import MixedCache
 from compression.score import AttentionScorer
 from server.models.base import ModelSpec, Row
-from server.models.decoder import Decoder, DecoderConfig
-from server.models.decoder_model import PromptConfig
+from server.models.lm.decoder import Decoder, DecoderConfig
+from server.models.lm.decoder_model import PromptConfig
 from server.models.tiny.packed import Layout, Shape, Tables, embed, packed_layer
-from server.models.videoxl import CompressionConfig, VideoXL
+from server.models.videoxl.model import CompressionConfig, VideoXL
 
 CONFIG = DecoderConfig(
     vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

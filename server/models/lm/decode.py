@@ -1,0 +1,299 @@
+"""One decoding step of a batch on a GPU: a CUDA graph over shared KVs, from token ids to token ids."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compression.cache import KVCache
+from compression.segments import SharedCache
+from server.models.base import Step
+from server.models.lm import kernels
+from server.models.lm.decoder import LanguageModel, LayerLike
+
+_log = logging.getLogger(__name__)
+
+_HORIZON = 256
+"""Own tokens of a row that a plan reaches further than the row has now; then the next plan is made."""
+_WAVE = 132
+"""Items that keep a GPU busy: one a multiprocessor and KV head."""
+_SMALLEST_ITEM, _LARGEST_ITEM = 64, 1024
+"""KV tokens."""
+_LEAST_ITEMS, _MOST_ITEMS = 128, 1 << 15
+"""Of a graph, by powers of two."""
+_NOWHERE_NBYTES = 4096
+"""Where rows that only fill a graph up write their keys and values; more than a head."""
+
+
+class Decoding:
+    """Decodes up to ``max_rows`` rows a step. All buffers are its own: one thread may use it.
+
+    A graph is captured when a batch of its size first comes, for 1, 2, 4, ... rows; where that fails the same kernels
+    run without one.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        kv_heads: int,
+        head_dim: int,
+        max_positions: int,
+        max_rows: int,
+        use_graphs: bool = True,
+    ) -> None:
+        """``model`` is on its device already; its projections are put together in one tensor each, in place."""
+        self._model = model
+        self._kv_heads, self._head_dim = kv_heads, head_dim
+        weight = model.embed_tokens.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        self._use_graphs = use_graphs and self._device.type == "cuda"
+        self._layers = [_Fused.of(cast(LayerLike, layer)) for layer in model.layers]
+        everywhere = torch.arange(max_positions, device=self._device)
+        self._table = torch.stack(model.rope.tables(everywhere, self._dtype), dim=1)
+        self._max_rows = 1 << (max_rows - 1).bit_length()
+        self._state = _Mirror((5, self._max_rows), self._device)  # ids, positions, lengths, seeds, temperatures
+        self._plan = _Plan(self._max_rows, self._device)
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._pool: Any = None
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Step]) -> tuple[list[int], Tensor]:
+        """Appends every row's token to its cache and draws the next ones; they come with the logits [rows, vocab] that
+        they were drawn from (perturbed where there is a temperature), which are good until the next step."""
+        for row in rows:
+            row.cache.reserve(1)
+        self._plan.update([row.cache for row in rows])
+        state = self._state.host
+        state.zero_()
+        fields = [
+            (row.token, row.cache.next_position, row.cache.num_own, row.seed, _bits(row.temperature)) for row in rows
+        ]
+        state[:, : len(rows)] = torch.tensor(fields, dtype=torch.int64).T
+        self._state.upload()
+        tokens, logits = self._run(1 << (len(rows) - 1).bit_length(), self._plan.capacity)
+        chosen: list[int] = tokens[: len(rows)].tolist()  # the one wait for the device
+        for row in rows:
+            row.cache.advance(1)
+        return chosen, logits[: len(rows)]
+
+    def _run(self, num_rows: int, num_items: int) -> tuple[Tensor, Tensor]:
+        if not self._use_graphs:
+            return self._compute(num_rows, num_items)
+        if (num_rows, num_items) not in self._graphs:
+            try:
+                self._capture(num_rows, num_items)
+            except Exception:
+                _log.exception("no CUDA graph could be captured; decoding goes on without")
+                self._use_graphs = False
+                self._graphs.clear()
+                return self._compute(num_rows, num_items)
+        graph, tokens, logits = self._graphs[num_rows, num_items]
+        graph.replay()
+        return tokens, logits
+
+    def _capture(self, num_rows: int, num_items: int) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and makes the libraries' handles
+            self._compute(num_rows, num_items)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            tokens, logits = self._compute(num_rows, num_items)
+        self._pool = self._pool or graph.pool()
+        self._graphs[num_rows, num_items] = graph, tokens, logits
+
+    def _compute(self, num_rows: int, num_items: int) -> tuple[Tensor, Tensor]:
+        """Nothing in here depends on what is in the buffers, nor waits for the device."""
+        ids, positions, lengths, seeds, temperature_bits = self._state.device[:, :num_rows]
+        temperatures = temperature_bits.view(torch.float64).float()
+        batch = _Batch(self._plan, num_rows, num_items, lengths, positions, self._table, self._kv_heads, self._head_dim)
+        x = self._model.embed_tokens(ids)
+        for index, (layer, fused) in enumerate(zip(self._model.layers, self._layers, strict=True)):
+            x = _plain(cast(LayerLike, layer), batch, index, x) if fused is None else fused(batch, index, x)
+        logits = linear(self._model.norm(x), self._model.head_weight).float()
+        kernels.perturb(logits, temperatures, seeds, positions)
+        return logits.argmax(-1), logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What the attention of a step needs besides queries, keys and values."""
+
+    plan: _Plan
+    num_rows: int
+    num_items: int
+    lengths: Tensor
+    positions: Tensor
+    table: Tensor
+    kv_heads: int
+    head_dim: int
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """All [rows, heads, head_dim] before RoPE, heads contiguous; the keys and values are appended."""
+        kernels.append(keys, values, self.plan.tails, self.lengths, self.positions, self.table, layer)
+        return kernels.attend(
+            queries, self.plan.items[: self.num_items], self.plan.ranges, self.lengths, self.positions, self.table,
+            layer, self.kv_heads,
+        )  # fmt: skip
+
+
+class _Plan:
+    """Which pieces of KVs the programs of the attention kernel take. It is made again when rows come or go, and when
+    a row's own tokens reach its end."""
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self.capacity = 0
+        """Items that a graph needs for this plan: a power of two."""
+        self._items = _Mirror((_MOST_ITEMS, kernels.ITEM_FIELDS), device)
+        self._rows = _Mirror((max_rows * (kernels.TAIL_FIELDS + 1) + 1,), device)
+        sizes = [max_rows * kernels.TAIL_FIELDS, max_rows + 1]
+        self._host_tails, self._host_ranges = self._rows.host.split_with_sizes(sizes)
+        self.items = self._items.device
+        tails, self.ranges = self._rows.device.split_with_sizes(sizes)
+        self.tails = tails.view(-1, kernels.TAIL_FIELDS)
+        self._nowhere = torch.zeros(_NOWHERE_NBYTES, dtype=torch.uint8, device=device)
+        self._made_for: list[tuple[ref[KVCache], int, int]] = []
+
+    def update(self, caches: Sequence[KVCache]) -> None:
+        """Makes a plan for ``caches``, one a row, unless the last one will do. Each has room for one token more."""
+        reach = [cache.num_own // _HORIZON + 1 for cache in caches]
+        made_for = [(ref(cache), cache.keys.data_ptr(), blocks) for cache, blocks in zip(caches, reach, strict=True)]
+        if made_for == self._made_for and all(known() is not None for known, *_ in made_for):
+            return
+        num_tokens = sum(cache.num_shared + blocks * _HORIZON for cache, blocks in zip(caches, reach, strict=True))
+        size = min(max(-(-num_tokens // (_WAVE * _SMALLEST_ITEM)) * _SMALLEST_ITEM, _SMALLEST_ITEM), _LARGEST_ITEM)
+        items: list[tuple[int, ...]] = []
+        ranges = [0]
+        for row, (cache, blocks) in enumerate(zip(caches, reach, strict=True)):
+            items += _items(row, cache, min(blocks * _HORIZON, cache.capacity), size)
+            ranges.append(len(items))
+        if len(items) > _MOST_ITEMS:
+            raise RuntimeError(f"a batch in {len(items)} pieces, {_MOST_ITEMS} at most")
+        self.capacity = max(_LEAST_ITEMS, 1 << (len(items) - 1).bit_length())
+        host = self._items.host[: self.capacity]
+        host[: len(items)] = torch.tensor(items, dtype=torch.int64)
+        host[len(items) :] = 0  # no tokens
+        self._items.upload(self.capacity)
+        self._host_ranges[: len(ranges)] = torch.tensor(ranges)
+        self._host_ranges[len(ranges) :] = len(items)
+        nowhere = (self._nowhere.data_ptr(), self._nowhere.data_ptr(), 0, 0)
+        tails = [(cache.keys.data_ptr(), cache.values.data_ptr(), *cache.keys.stride()[:2]) for cache in caches]
+        tails += [nowhere] * (len(self._host_tails) // kernels.TAIL_FIELDS - len(tails))
+        self._host_tails.copy_(torch.tensor(tails, dtype=torch.int64).flatten())
+        self._rows.upload()
+        self._made_for = made_for
+
+
+class _Mirror:
+    """int64 values on the host and the same on the device; there they never change their place."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.device = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def upload(self, rows: int | None = None) -> None:
+        """The first ``rows``, or all. The host's must not change before the device was waited for."""
+        self.device[:rows].copy_(self.host[:rows], non_blocking=True)
+
+
+class _Fused:
+    """A layer of the usual kind in few kernels: its projections of one input are one matrix."""
+
+    def __init__(self, parts: Any) -> None:
+        """``parts`` has Llama's names."""
+        attention, mlp = parts.self_attn, parts.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self._sizes = [part.out_features for part in projections]
+        self._qkv, self._qkv_bias = _pack(projections)
+        self._gate_up, _ = _pack([mlp.gate_proj, mlp.up_proj])
+        self._o, self._down = attention.o_proj.weight, mlp.down_proj.weight
+        self._q_norm = getattr(attention, "q_norm", nn.Identity())
+        self._k_norm = getattr(attention, "k_norm", nn.Identity())
+        self._norms = [(norm.weight, _eps(norm)) for norm in (parts.input_layernorm, parts.post_attention_layernorm)]
+
+    @classmethod
+    def of(cls, layer: object) -> _Fused | None:
+        """None for a layer of another kind."""
+        parts: Any = getattr(layer, "layer", layer)  # transformers' own are wrapped
+        attention, mlp = getattr(parts, "self_attn", None), getattr(parts, "mlp", None)
+        names = (attention, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))
+        linears = [getattr(owner, name, None) for owner, own in names for name in own]
+        if not all(type(linear) is nn.Linear for linear in linears):
+            return None
+        if any(linear.bias is not None for linear in linears[3:] if linear is not None):
+            return None
+        probe = torch.linspace(-2, 2, 5)
+        silu = torch.equal(getattr(mlp, "act_fn", functional.silu)(probe), functional.silu(probe))
+        return cls(parts) if silu else None
+
+    def __call__(self, batch: _Batch, index: int, x: Tensor) -> Tensor:
+        """``x`` [rows, hidden], which is written over -> the next layer's."""
+        (first, first_eps), (second, second_eps) = self._norms
+        qkv = linear(kernels.norm(x, first, first_eps), self._qkv, self._qkv_bias)
+        q, k, v = (part.view(len(x), -1, batch.head_dim) for part in qkv.split_with_sizes(self._sizes, dim=1))
+        attended = batch.attend(index, self._q_norm(q), self._k_norm(k), v)
+        x = linear_into(x, attended.flatten(1), self._o)
+        h = kernels.norm(x, second, second_eps)
+        one = len(x) == 1
+        gated = kernels.gemv(h, self._gate_up, gated=True) if one else kernels.gate(linear(h, self._gate_up))
+        return linear_into(x, gated, self._down)
+
+
+def _plain(layer: LayerLike, batch: _Batch, index: int, x: Tensor) -> Tensor:
+    q, k, v = (part.transpose(0, 1).contiguous() for part in layer.project(x, None))
+    return layer.output(x, batch.attend(index, q, k, v).transpose(0, 1))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """For a single row by a kernel that does nothing but read the weights, for more by the library."""
+    return kernels.gemv(x, weight, bias) if len(x) == 1 else functional.linear(x, weight, bias)
+
+
+def linear_into(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """``x`` + ``y`` times ``weight``, in place."""
+    return kernels.gemv(y, weight, add_to=x) if len(x) == 1 else x.addmm_(y, weight.t())
+
+
+def _items(row: int, cache: KVCache, num_own: int, size: int) -> Iterator[tuple[int, ...]]:
+    """See :data:`kernels.ITEM_FIELDS`."""
+    segments = cache.segments if isinstance(cache, SharedCache) else ()
+    runs = [(segment.keys, segment.values, segment.offset, segment.num_tokens, False) for segment in segments]
+    for keys, values, offset, num_tokens, own in [*runs, (cache.keys, cache.values, 0, num_own, True)]:
+        layer_stride, head_stride, token_stride, _ = keys.stride()
+        keys_at, values_at, token_nbytes = keys.data_ptr(), values.data_ptr(), token_stride * keys.itemsize
+        # Pieces of about the same size, in whole blocks of the kernel.
+        pieces = -(-num_tokens // size)
+        step = -(-num_tokens // (pieces * _SMALLEST_ITEM)) * _SMALLEST_ITEM
+        for start in range(0, num_tokens, step):
+            shift, count = start * token_nbytes, min(step, num_tokens - start)
+            first = start if own else -1
+            yield keys_at + shift, values_at + shift, layer_stride, head_stride, row, offset, count, first
+
+
+def _eps(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
+
+
+def _bits(value: float) -> int:
+    """A float64 as the int64 of the same bits."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def _pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weights [all outputs, inputs] and biases of several projections, of which theirs become views."""
+    weight = torch.cat([linear.weight.data for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    for linear, part in zip(linears, weight.split_with_sizes(sizes), strict=True):
+        linear.weight.data = part
+    biases = [linear.bias.data for linear in linears if linear.bias is not None]
+    return weight, torch.cat(biases) if biases else None

@@ -1,0 +1,157 @@
+"""Shared KVs through a decoder: in plain torch, and by the kernels (on a GPU, or in Triton's interpreter)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from compression.kv import ChunkKV
+from compression.mixed import MixedCache
+from compression.segments import Part, RotatedKV, SharedCache
+from server.models.lm.decoder import Decoder, DecoderConfig, LanguageModel, Window
+
+_INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+with_kernels = pytest.mark.skipif(
+    not _HAS_TRITON or not (_INTERPRETED or torch.cuda.is_available()), reason="needs Triton and a GPU"
+)
+
+
+@pytest.fixture(autouse=True)
+def _short_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter takes its time over programs that have nothing to do."""
+    if _HAS_TRITON:
+        monkeypatch.setattr("server.models.lm.decode._LEAST_ITEMS", 4)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() and not _INTERPRETED else "cpu"
+HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 6, 2, 16, 3, 101
+
+
+def decoder(*, qk_norm: bool = False, rotary_dim: int = HEAD_DIM) -> Decoder:
+    config = DecoderConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=2048,
+        head_dim=HEAD_DIM,
+        rotary_dim=rotary_dim,
+        qk_norm=qk_norm,
+        attention_bias=not qk_norm,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Decoder(config).eval().requires_grad_(False).to(DEVICE)
+
+
+def kv(num_tokens: int, seed: int) -> ChunkKV:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (LAYERS, KV_HEADS, num_tokens, HEAD_DIM)
+    keys, values = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2))
+    return ChunkKV(keys, values, "high", 4)
+
+
+def caches(model: LanguageModel, high_tokens: int, low_tokens: int, seed: int) -> tuple[SharedCache, MixedCache]:
+    """Five chunks, the second and the last re-loaded: shared, and copied."""
+    prefix, high = kv(5, seed), [kv(high_tokens + index, seed + index + 1) for index in range(5)]
+    low = {1: kv(low_tokens, seed + 11), 4: kv(low_tokens + 9, seed + 12)}
+    resident = RotatedKV.of([prefix, *high], model.rope)
+    parts = [Part(resident, 0)]
+    for index in range(5):
+        parts.append(Part(RotatedKV.of([low[index]], model.rope), 0) if index in low else Part(resident, index + 1))
+    chunks = [low.get(index, chunk) for index, chunk in enumerate(high)]
+    return SharedCache(parts, model.rope, room=40), MixedCache(prefix, chunks, model.rope, room=40)
+
+
+def read(model: LanguageModel, rows: list[tuple[Tensor, MixedCache]]) -> Tensor:
+    """Appends ids [n] to every cache; the logits of all tokens."""
+    with torch.inference_mode():
+        hidden, _ = model([Window(model.embed_tokens(ids), cache) for ids, cache in rows])
+        for ids, cache in rows:
+            cache.advance(len(ids))
+        return model.logits(hidden)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_prompt_over_shared_kvs_reads_as_over_a_copy(qk_norm: bool) -> None:
+    model = decoder(qk_norm=qk_norm)
+    (shared, copied), (others, other_copy) = caches(model, 7, 40, seed=0), caches(model, 3, 9, seed=100)
+    for size in (6, 1, 1, 3):
+        ids = torch.randint(0, VOCAB, (size,), device=DEVICE)
+        seen = read(model, [(ids, shared), (ids, others)])
+        expected = read(model, [(ids, copied), (ids, other_copy)])
+        torch.testing.assert_close(seen, expected, atol=2e-4, rtol=1e-4)
+    assert shared.length == copied.length and shared.keys.shape[2] == 40
+
+
+@with_kernels
+@pytest.mark.parametrize(("qk_norm", "rotary_dim", "num_rows"), [(False, 16, 1), (True, 8, 1), (False, 16, 3)])
+def test_decoding_by_the_kernels(qk_norm: bool, rotary_dim: int, num_rows: int) -> None:
+    from server.models.base import Step
+    from server.models.lm.decode import Decoding
+
+    model, plain = (decoder(qk_norm=qk_norm, rotary_dim=rotary_dim) for _ in range(2))
+    decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
+    pairs = [caches(plain, 7 + 30 * row, 40 + 100 * row, seed=100 * row) for row in range(num_rows)]
+    text, text_copy = (MixedCache(kv(5, 0), [], plain.rope, room=3) for _ in range(2))  # of its own alone, and it grows
+    rows = [*pairs, (text, text_copy)] if num_rows > 1 else pairs
+    tokens = list(range(3, 3 + len(rows)))
+    for _ in range(5):
+        expected = read(
+            plain, [(torch.tensor([t], device=DEVICE), copied) for t, (_, copied) in zip(tokens, rows, strict=True)]
+        )
+        chosen, logits = decoding.step([Step(t, cache) for t, (cache, _) in zip(tokens, rows, strict=True)])
+        torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+        assert chosen == expected.argmax(-1).tolist()
+        tokens = chosen
+    # Rows that go and rows that stay.
+    expected = read(plain, [(torch.tensor([tokens[0]], device=DEVICE), rows[0][1])])
+    _, logits = decoding.step([Step(tokens[0], rows[0][0])])
+    torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+
+
+@with_kernels
+def test_own_tokens_past_what_was_planned_for() -> None:
+    from server.models.base import Step
+    from server.models.lm.decode import Decoding
+
+    model = decoder()
+    decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=1)
+    shared, copied = caches(model, 7, 40, seed=0)
+    ids = torch.randint(0, VOCAB, (255,), device=DEVICE)
+    read(model, [(ids, shared)])
+    read(model, [(ids, copied)])
+    for token in range(2):
+        expected = read(model, [(torch.tensor([token], device=DEVICE), copied)])
+        _, logits = decoding.step([Step(token, shared)])
+        torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+
+
+@with_kernels
+def test_draws_follow_the_temperature_and_the_seed_alone() -> None:
+    from server.models.base import Step
+    from server.models.lm.decode import Decoding
+
+    model = decoder()
+    decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
+    shared, copied = caches(model, 2, 4, seed=0)
+    probabilities = (read(model, [(torch.tensor([7], device=DEVICE), copied)])[0] / 0.5).softmax(-1)
+
+    def draws(seeds: list[int]) -> list[int]:
+        chosen, _ = decoding.step([Step(7, shared, 0.5, seed) for seed in seeds])
+        shared.length = shared.num_mixed
+        return chosen
+
+    together = [token for seed in range(0, 80, 4) for token in draws(list(range(seed, seed + 4)))]
+    assert together[:3] == [draws([seed])[0] for seed in range(3)]
+    likely = probabilities.topk(10).indices.tolist()
+    share = sum(token in likely for token in together) / len(together)
+    assert abs(share - float(probabilities[likely].sum())) < 0.2
+    assert len(set(together)) > 5
