@@ -278,8 +278,8 @@ class Clips:
         return self._written[key]
 
     def hour(self) -> Clip:
-        """One hour of 320 x 180 H.264 at 2 frames per second."""
-        return self("mp4", fps=2.0, duration_s=3600.0, gop=20)
+        """One hour of 160 x 96 H.264 at 2 frames per second."""
+        return self("mp4", width=160, height=96, fps=2.0, duration_s=3600.0, gop=20)
 
 
 def _ticks(time_s: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from compression.interleave import count_vsts
 from server.models.base import ModelSpec
@@ -13,11 +14,15 @@ _MOST_CHUNKS = 100_000
 """Where the KVs kept of a chunk are so few that the limit is never met, this is long enough."""
 
 
+@lru_cache
 def longest_video(spec: ModelSpec, compression: CompressionConfig, num_prefix_tokens: int) -> int:
     """The most frames that a video may have for all of its windows to fit behind their memory, in both passes, and for
-    its H-KVs to leave room for a question; so does any video with fewer."""
+    its H-KVs to leave room for a question; so does any video with fewer.
+
+    It counts chunk by chunk, up to seconds for small chunks in a large limit, so the numbers are kept.
+    """
     size, limit = spec.frames_per_chunk, spec.max_positions
-    passes = _Passes(compression, num_prefix_tokens, room_to_ask(limit))
+    passes = _Passes(compression, compression.past, num_prefix_tokens, room_to_ask(limit))
     num_chunks = 0
     while num_chunks < _MOST_CHUNKS and passes.peak(size * spec.tokens_per_frame, last=True) <= limit:
         num_chunks += 1
@@ -33,6 +38,7 @@ class _Passes:
     """The two passes over a video, in numbers: KV tokens of the chunks so far, and the carries."""
 
     compression: CompressionConfig
+    past: Past
     num_prefix: int
     num_room: int
     low_carry: int = 0
@@ -48,9 +54,8 @@ class _Passes:
     def peak(self, num_visual: int, *, last: bool) -> int:
         """Positions that the larger of the two passes needs for the next window, or that a question needs behind the
         ``last``."""
-        past = self.compression.past
         (low, _), (high, _) = self._count(num_visual, last)
-        window = num_visual + max(self._seen(past) + low, self._seen(past.in_high_pass) + high)
+        window = num_visual + max(self._seen(self.past) + low, self._seen(self.past.in_high_pass) + high)
         if not last:
             return window
         return max(window, self.num_prefix + self.high[-1] + self._kept(num_visual, last)[1] + self.num_room)

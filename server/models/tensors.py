@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
@@ -62,6 +63,25 @@ class TensorFolder:
                     # A copy even where nothing changes: what stays must not hang on the file.
                     read[name] = tensor.to(device, wanted, copy=True)
         return read
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Modules made inside have shapes and no values (the meta device): :func:`load_into` gives them some."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips ``torch.nn.init``. Without values there is nothing to draw, and drawing there loads torch's compiler first:
+    as long again as loading torch."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        drawing = getattr(func, "__module__", None) == "torch.nn.init"
+        return kwargs["tensor"] if drawing else func(*args, **kwargs)
 
 
 def load_into(module: M, state: Mapping[str, Tensor], shown: Callable[[str], str] = str) -> M:

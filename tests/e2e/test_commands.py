@@ -126,6 +126,7 @@ from server.config import load_settings
 
 settings = load_settings(port=sys.argv[1], store="memory://", drain_s=sys.argv[2], log_level="warning")
 backend = open_backend(settings)
+assert "torch._dynamo" not in sys.modules, "a start loads torch's compiler, which takes seconds"
 backend.model.end_ids = frozenset()  # an answer runs to max_tokens
 Server(settings, backend).serve_forever()
 backend.close()

@@ -91,15 +91,17 @@ def test_a_server_killed_in_mid_prefill_goes_on_where_it_was(serve: Serve, video
     with serve() as live:
         text, _ = answer(live.client(), upload(live.client(), video, fps=4.0))
     store, log = tmp_path / "store", tmp_path / "log"
+
+    def is_whole(chunk: int) -> bool:
+        return len(list(store.glob(f"blobs/kv/*/*/{chunk:05d}*"))) == 3
+
     with server_process(f"disk:{store}", log) as (process, url):
         file = client_of(url).files.create(file=video, purpose="user_data", extra_body={"fps": 4.0})
-        until(lambda: client_of(url).files.retrieve(file.id).video["chunks_done"] >= 3)
+        until(lambda: is_whole(0))
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not list(store.glob("blobs/kv/*/manifest*"))
-    chunks = range(12)
-    whole = [i for i in chunks if len(list(store.glob(f"blobs/kv/*/*/{i:05d}*"))) == 3]
-    first_missing = next(i for i in chunks if i not in whole)
+    first_missing = next(chunk for chunk in range(12) if not is_whole(chunk))
     with server_process(f"disk:{store}", log) as (process, url), client_of(url) as client:
         assert client.files.retrieve(file.id).status == "uploaded"
         assert processed(client, file.id).status == "processed"

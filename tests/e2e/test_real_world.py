@@ -29,8 +29,8 @@ CLIPS = {
 }
 
 
-def check(live: Live, client: openai.OpenAI, clip: Clip) -> None:
-    file = client.files.create(file=clip.path, purpose="user_data")
+def check(live: Live, client: openai.OpenAI, clip: Clip, **sampling: float) -> None:
+    file = client.files.create(file=clip.path, purpose="user_data", extra_body=sampling)
     file = client.files.wait_for_processing(file.id, poll_interval=0.1, max_wait_seconds=250)
     assert file.status == "processed", file.status_details
     video = file.to_dict()["video"]
@@ -63,7 +63,7 @@ def test_a_clip(live: Live, client: openai.OpenAI, clips: Clips, name: str) -> N
 
 def test_one_hour(serve: Serve, clips: Clips) -> None:
     with serve() as live, live.client() as client:
-        check(live, client, clips.hour())
+        check(live, client, clips.hour(), fps=0.5)
 
 
 def test_longer_than_the_model_can_tell_time(live: Live, client: openai.OpenAI, tmp_path: Path) -> None:

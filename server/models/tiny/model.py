@@ -15,7 +15,7 @@ from compression.score import AttentionScorer
 from server.models.base import ModelSpec
 from server.models.lm.decoder import Decoder, DecoderConfig
 from server.models.lm.decoder_model import PromptConfig
-from server.models.tensors import load_into
+from server.models.tensors import load_into, without_values
 from server.models.tiny.encoder import TimeEmbedding, TinyEncoder
 from server.models.tiny.tokenizer import PREFIX
 from server.models.videoxl.compression_config import read_compression
@@ -53,7 +53,7 @@ def load_tiny(
     """
     config = read_config(folder)
     decoder_config = DecoderConfig.of(config)
-    with torch.device("meta"):
+    with without_values():
         modules = TinyModules(decoder_config)
     load_into(modules, load_file(folder / "model.safetensors"))
     return assemble(

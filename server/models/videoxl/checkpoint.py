@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from server.models.lm.decoder import Decoder, DecoderConfig
-from server.models.tensors import load_into
+from server.models.tensors import load_into, without_values
 from server.models.videoxl.clip import ClipEncoder
 
 _PLACES = (
@@ -45,7 +44,7 @@ def load_modules(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Video
     embeddings, eos_id = state.get("decoder.embed_tokens.weight"), end_ids(config)[:1]
     if embeddings is not None and eos_id and eos_id[0] < len(embeddings):
         state.setdefault("decoder.beacon_embed_tokens.weight", embeddings[eos_id[0] : eos_id[0] + 1])
-    with torch.device("meta"):
+    with without_values():
         modules = VideoXLModules(config)
     if modules.decoder.config.tie_word_embeddings:
         state.pop("decoder.lm_head.weight", None)  # the same as the embeddings

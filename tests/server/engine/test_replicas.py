@@ -32,7 +32,8 @@ def stores(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Store
 
 @pytest.fixture
 def pair(drive: Drive, stores: tuple[Store, Store]) -> tuple[Any, Any]:
-    return drive(stores[0], lease_s=1.0), drive(stores[1], lease_s=1.0)
+    """No lease lapses, however busy the machine is."""
+    return drive(stores[0], lease_s=60.0), drive(stores[1], lease_s=60.0)
 
 
 def test_what_one_has_prefilled_the_other_answers_about(pair: tuple[Any, Any], four_chunks: Clip) -> None:
@@ -76,8 +77,10 @@ def test_the_same_video_at_both_at_once_is_prefilled_once(pair: tuple[Any, Any],
     assert pair[0].ask(records[1]).text == pair[1].ask(records[0]).text
 
 
-def test_a_prefill_is_taken_over_from_a_replica_that_has_failed(pair: tuple[Any, Any], long_clip: Clip) -> None:
-    a, b = pair
+def test_a_prefill_is_taken_over_from_a_replica_that_has_failed(
+    drive: Drive, stores: tuple[Store, Store], long_clip: Clip
+) -> None:
+    a, b = (drive(store, lease_s=1.0) for store in stores)
     record = a.upload(long_clip, wait=False)
     until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 3)
     a.engine._scheduler.plan = None

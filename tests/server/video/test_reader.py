@@ -145,7 +145,7 @@ def test_one_hour_holds_a_few_frames_only(clips: Clips) -> None:
             number += len(frames)
             peak_nbytes = max(peak_nbytes, process.memory_info().rss)
     assert number == 3600
-    assert peak_nbytes - before_nbytes < 64 << 20  # the whole hour is 622 MB of pixels
+    assert peak_nbytes - before_nbytes < 32 << 20  # the whole hour is 166 MB of pixels
 
 
 def test_few_frames_of_an_hour(clips: Clips) -> None:

@@ -58,10 +58,11 @@ def lying(messages: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     process = psutil.Process()
-    before, others = (process.num_fds(), threading.active_count()), process.children(recursive=True)
+    num_fds, num_threads, others = process.num_fds(), threading.active_count(), process.children(recursive=True)
     yield
     assert [child for child in process.children(recursive=True) if child not in others] == []
-    assert (process.num_fds(), threading.active_count()) == before
+    # A live server of other tests may close a connection in the meantime.
+    assert process.num_fds() <= num_fds and threading.active_count() <= num_threads
 
 
 def read_all(clips: Clips, command: list[str], **limits: float) -> int:
