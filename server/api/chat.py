@@ -96,6 +96,7 @@ def _sampling_params(body: ChatRequest, services: Services) -> SamplingParams:
         seed=body.seed,
         max_tokens=None if asked is None else min(asked, ceiling),
         stop=tuple(stop),
+        ignore_eos=bool(body.ignore_eos),
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from compression.kv import ChunkKV
-from kvstore.base import Store
+from kvstore.base import Store, Tier
 from kvstore.errors import CorruptBlob, MissingBlob, StoreError
 from kvstore.key import KVKey
 from kvstore.resident import ResidentPool
@@ -96,6 +96,7 @@ class Engine:
             resident_nbytes=lambda: self._pool.nbytes,
             resident_videos=lambda: len(self._pool),
             shared_low_nbytes=lambda: self._caches.nbytes,
+            options=options,
             device=model.device,
         )
 
@@ -248,35 +249,44 @@ class Engine:
         elif question.cache is not None:
             question.phase = Phase.PREFILL
         elif not (wanted := question.wanted()):
-            question.reload({})
-            question.phase = Phase.PREFILL
+            self._reload(question, {}, {})
         else:
             question.phase = Phase.RELOADING
+            chunks = [(video.key, index) for _, video, index in wanted]
+            tiers = self._videos.low_tiers(chunks)
             self._reads.submit(
-                partial(self._videos.read_low_of, [(video.key, index) for _, video, index in wanted]),
-                lambda future: self._attempt(question, partial(self._reloaded, wanted, future)),
+                partial(self._videos.read_low_of, chunks),
+                lambda future: self._attempt(question, partial(self._reloaded, wanted, tiers, future)),
                 self._options.reload_timeout_s,
             )
 
     def _reloaded(
         self,
         wanted: list[tuple[int, Video, int]],
+        tiers: Sequence[Tier],
         future: Future[list[ChunkKV | MissingBlob | CorruptBlob]],
         question: Question,
     ) -> None:
         """An L-KV that cannot be read is no reason to fail: the H-KV is there."""
         low: dict[int, ChunkKV] = {}
+        nbytes: dict[Tier, int] = {}
         try:
-            for (place, video, _), kv in zip(wanted, future.result(), strict=True):
+            for (place, video, _), tier, kv in zip(wanted, tiers, future.result(), strict=True):
                 if isinstance(kv, ChunkKV):
                     low[place] = kv
+                    nbytes[tier] = nbytes.get(tier, 0) + kv.nbytes
                 else:
                     _log.warning("an H-KV stands in: %s", kv)
                     self.library.repair(video)
         except StoreError as error:
             _log.warning("H-KVs stand in: %s", error)
+        self._reload(question, low, nbytes)
+
+    def _reload(self, question: Question, low: dict[int, ChunkKV], nbytes: Mapping[Tier, int]) -> None:
+        held_nbytes = question.held_nbytes
         question.reload(low)
         question.phase = Phase.PREFILL
+        self.metrics.reloaded({"device": held_nbytes, **nbytes}, question.reload_s)
 
     def _prefill(self, ingest: Ingest) -> None:
         begin_s = time.perf_counter()
@@ -288,15 +298,21 @@ class Engine:
             self.metrics.chunk_seconds.observe(took_s)
 
     def _forward(self, questions: list[Question]) -> None:
-        self.metrics.batch.observe(len(questions))
-        for question, outcome in zip(questions, draw(self._model, self._decoder, questions), strict=True):
+        kind = "decode" if all(question.phase is Phase.DECODE for question in questions) else "prompt"
+        begin_s = time.perf_counter()
+        drawn = draw(self._model, self._decoder, questions)
+        self.metrics.passed(kind, len(questions), time.perf_counter() - begin_s)
+        for question, outcome in zip(questions, drawn, strict=True):
             if isinstance(outcome, Exception):
                 self._fail(question, reply_to(outcome))
             else:
                 self._attempt(question, partial(self._accept, outcome))
 
     def _accept(self, token: int, question: Question) -> None:
-        self._emit(question, question.accept(token))
+        before = question.num_tokens
+        delta = question.accept(token)
+        self.metrics.tokens.inc(question.num_tokens - before)
+        self._emit(question, delta)
 
     def _attempt(self, question: Question, work: Callable[[Question], None]) -> None:
         """Does one question's work, and lets its errors end that question alone."""
