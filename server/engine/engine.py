@@ -25,7 +25,7 @@ from server.engine.caches import Caches, Copies, Shares
 from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, reply_to
 from server.engine.ingest import Ingest
 from server.engine.library import Library
-from server.engine.metrics import EngineMetrics
+from server.engine.metrics import EngineMetrics, PassKind
 from server.engine.options import EngineOptions
 from server.engine.question import Phase, Question
 from server.engine.reads import Reads
@@ -298,7 +298,7 @@ class Engine:
             self.metrics.chunk_seconds.observe(took_s)
 
     def _forward(self, questions: list[Question]) -> None:
-        kind = "decode" if all(question.phase is Phase.DECODE for question in questions) else "prompt"
+        kind: PassKind = "decode" if all(question.phase is Phase.DECODE for question in questions) else "prompt"
         begin_s = time.perf_counter()
         drawn = draw(self._model, self._decoder, questions)
         self.metrics.passed(kind, len(questions), time.perf_counter() - begin_s)

@@ -16,6 +16,9 @@ from server.engine.request import Outcome
 # A line "..._created" beside each counter and histogram is read by nobody.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
+PassKind = Literal["decode", "prompt"]
+"""Whether all rows of a pass decode, or some read their prompts."""
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BATCH = (1, 2, 4, 8, 16, 32, 64)
 
@@ -90,7 +93,7 @@ class EngineMetrics:
         if taken:
             self.reload_seconds.labels(taken[-1]).observe(took_s)
 
-    def passed(self, kind: Literal["decode", "prompt"], num_rows: int, took_s: float) -> None:
+    def passed(self, kind: PassKind, num_rows: int, took_s: float) -> None:
         """Counts a forward pass of questions."""
         self.batch.observe(num_rows)
         self.pass_seconds.labels(kind).observe(took_s)
