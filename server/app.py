@@ -161,5 +161,6 @@ def _engine_options(settings: Settings, spool: Spool) -> EngineOptions:
             max_frames=settings.max_frames,
             wall_clock_s=settings.decode_timeout_s,
             memory_nbytes=settings.decode_memory_bytes,
+            max_processes=settings.decode_processes,
         ),
     )

@@ -84,7 +84,8 @@ class Settings(BaseSettings):
     max_pixels: int = Field(4096 * 2304, ge=1, description="Largest frame, width times height.")
     max_frames: int = Field(20_000, ge=1, description="Most frames sampled from one video.")
     fps_max: float = Field(8.0, gt=0, description="Highest sampling rate a client may ask for.")
-    decode_memory_bytes: ByteSize = Field(ByteSize(3 * 2**30), ge=1, description="Memory of one video decoder.")
+    decode_memory_bytes: ByteSize = Field(ByteSize(3 * 2**30), ge=1, description="Memory to decode one video.")
+    decode_processes: int | None = Field(None, ge=1, description="Decoders of one video; default one a core.")
     decode_timeout_s: float | None = Field(None, gt=0, description="Longest decoding; default 60 s + twice the video.")
 
     allowed_local_media_path: Path | None = Field(None, description="file:// URLs are read below this folder only.")

@@ -31,6 +31,57 @@ FAST_OPTIONS = {
     "av1": {"preset": "8", "crf": "20", "svtav1-params": "lp=1:enable-tf=0"},
 }
 
+VFR_S = (0, 0.1, 0.2, 0.25, 1.7, 1.75, 1.8, 3.4)
+SLOW_X264 = {"preset": "medium"}
+OPEN_GOP_X264 = {"preset": "medium", "x264-params": "open-gop=1:bframes=3:b-adapt=0:scenecut=0"}
+INTRA_REFRESH_X264 = {"preset": "medium", "x264-params": "intra-refresh=1"}
+INTERLACED_X264 = {"preset": "medium", "x264-params": "tff=1"}
+LAYERS_X265 = {"x265-params": "log-level=none:temporal-layers=3:bframes=3:b-adapt=0:b-pyramid=1"}
+ALTREF_VP9 = {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"}
+ALTREF_VP8 = {**ALTREF_VP9, "b": "800k"}
+
+CLIPS: dict[str, tuple[str, dict[str, object]]] = {
+    "h264-mp4": ("mp4", {}),
+    "h264-mkv": ("mkv", {}),
+    "h264-mov": ("mov", {}),
+    "hevc-mp4": ("mp4", {"codec": "hevc"}),
+    "hevc-mkv": ("mkv", {"codec": "hevc"}),
+    "vp8-webm": ("webm", {"codec": "vp8", "options": ALTREF_VP8}),
+    "vp9-webm": ("webm", {"codec": "vp9"}),
+    "vp9-mp4": ("mp4", {"codec": "vp9"}),
+    "av1-mp4": ("mp4", {"codec": "av1"}),
+    "av1-webm": ("webm", {"codec": "av1"}),
+    "hidden-reference-frames": ("webm", {"codec": "vp9", "options": ALTREF_VP9}),
+    "b-frames": ("mp4", {"bframes": 3, "options": SLOW_X264}),
+    "open-gop-h264": ("mp4", {"gop": 12, "bframes": 3, "options": OPEN_GOP_X264}),
+    "open-gop-hevc": ("mp4", {"codec": "hevc", "bframes": 3, "gop": 12}),
+    "short-gop-b-frames": ("mp4", {"gop": 3, "bframes": 2, "options": SLOW_X264}),
+    "short-gop-b-frames-mkv": ("mkv", {"gop": 3, "bframes": 2, "options": SLOW_X264}),
+    "temporal-layers-hevc": ("mp4", {"codec": "hevc", "gop": 15, "options": LAYERS_X265}),
+    "intra-refresh": ("mp4", {"gop": 10, "options": INTRA_REFRESH_X264}),
+    "intra-refresh-mkv": ("mkv", {"gop": 10, "bframes": 2, "options": INTRA_REFRESH_X264}),
+    "interlaced": ("mp4", {"bframes": 2, "options": INTERLACED_X264}),
+    "only-keyframes": ("mp4", {"gop": 1}),
+    "gop-250": ("mkv", {"gop": 250, "fps": 25.0, "duration_s": 11.0}),
+    "ntsc": ("mp4", {"fps": 30000 / 1001, "duration_s": 3.003}),
+    "vfr-mp4": ("mp4", {"times_s": VFR_S, "duration_s": 5.0}),
+    "vfr-mkv": ("mkv", {"times_s": VFR_S, "duration_s": 5.0}),
+    "with-sound": ("mp4", {"audio": True}),
+    "with-sound-webm": ("webm", {"codec": "vp9", "audio": True}),
+    "starts-late-mp4": ("mp4", {"start_s": 3.3, "audio": True}),
+    "starts-late-mkv": ("mkv", {"start_s": 3.3}),
+    "10-bit-h264": ("mp4", {"pix_fmt": "yuv420p10le"}),
+    "10-bit-hevc": ("mkv", {"codec": "hevc", "pix_fmt": "yuv420p10le"}),
+    "4:4:4": ("mp4", {"pix_fmt": "yuv444p"}),
+    "odd-size": ("webm", {"codec": "vp9", "width": 321, "height": 181}),
+    "rotated-90": ("mp4", {"rotation": 90, "width": 180, "height": 320}),
+    "rotated-180": ("mp4", {"rotation": 180}),
+    "rotated-270": ("mov", {"rotation": 270, "width": 180, "height": 320}),
+    "two-seconds": ("mp4", {"duration_s": 2.0}),
+    "single-frame": ("mp4", {"duration_s": 0.1}),
+}
+"""Clips of many kinds by name: a suffix and arguments of :func:`write_clip`."""
+
 
 @dataclass(frozen=True)
 class Clip:

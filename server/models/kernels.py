@@ -296,8 +296,8 @@ def gemv(
     and up, and what comes out is silu(gate) * up. ``add_to`` [1, n_out] is added to in place."""
     num_out = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((1, num_out), dtype=x.dtype, device=x.device) if add_to is None else add_to
-    # Small matrices in small pieces: otherwise some multiprocessors have one more to do than others.
-    others = (4, 512, 4) if num_out < 8192 else (8, 512, 4)
+    # The fastest of those tried on an H200 (tests/benchmarks/results/decode_roofline.json).
+    others = (8, 512, 4) if gated else (4, 512, 4)
     block_n, block_k, num_warps = GEMV_BLOCKS.get((weight.shape[0], x.shape[1]), others)
     _gemv[triton.cdiv(num_out, block_n),](
         x, weight, bias if bias is not None else x, out, NUM_OUT=num_out, NUM_IN=x.shape[1], HAS_BIAS=bias is not None,

@@ -1,17 +1,10 @@
-"""Reads a video as sampled frames, decoded in a process of its own that can be killed."""
+"""Reads a video as sampled frames, decoded in processes of their own that can be killed."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
-import select
-import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from server.video import errors, worker
-from server.video.errors import DecoderCrashed, VideoCancelled, VideoError, VideoTimeout, VideoTooLarge
+from server.video.errors import VideoCancelled, VideoTooLarge
 from server.video.frames import Frames
+from server.video.process import DECODER_COMMAND, DecoderProcess, Patience, number
+from server.video.shares import Split
 from server.video.sniff import SNIFF_NBYTES, check_container
-
-DECODER_COMMAND = (sys.executable, "-I", str(Path(worker.__file__).resolve()))
-MAX_JSON_NBYTES = 4096
-PIPE_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +50,8 @@ class VideoLimits:
 
     ``max_pixels`` is width times height, ``max_frames`` counts sampled frames. ``wall_clock_s`` bounds the time spent
     waiting for the decoder (None: a minute and twice the duration); ``stall_s`` the time without a sign of life from
-    it; ``memory_nbytes`` the decoder's writable memory.
+    it; ``memory_nbytes`` the decoder's writable memory, which is shared by ``max_processes`` at most (None: one a core,
+    where there is enough to decode).
     """
 
     max_nbytes: int = 8 << 30
@@ -70,6 +61,7 @@ class VideoLimits:
     wall_clock_s: float | None = None
     stall_s: float = 60.0
     memory_nbytes: int = 3 << 30
+    max_processes: int | None = None
 
     def wall_clock_for(self, duration_s: float) -> float:
         """The wall-clock limit [s] for a video of ``duration_s``."""
@@ -95,13 +87,16 @@ class VideoReader:
     """Iterates over the sampled frames of a video from number ``first_frame`` on, once, in batches in time order.
 
     A frame is the one on screen at its instant: the last whose presentation time is not later. Opening waits until the
-    first frame is decoded. A batch holds at most ``batch_nbytes`` of pixels (or one frame), the decoder process one
-    frame more, so memory does not grow with the duration.
+    first frame is decoded. A batch holds at most ``batch_nbytes`` of pixels (or one frame), the decoder processes a few
+    frames more, so memory does not grow with the duration.
+
+    Several processes decode a video at once, each from other keyframes on, where :class:`~server.video.shares.Split`
+    says so; the frames are the same. One alone uses ``num_threads``.
 
     Use it as a context manager. :meth:`close` may be called from another thread and makes a waiting reader raise
-    VideoCancelled. However reading ends, the decoder process is gone afterwards.
+    VideoCancelled. However reading ends, the decoder processes are gone afterwards.
 
-    ``command`` is the decoder process's argv, to which a job (JSON) is appended; its protocol is described in
+    ``command`` is a decoder process's argv, to which a job (JSON) is appended; its protocol is described in
     :mod:`server.video.worker`.
 
     Raises any VideoError of :mod:`server.video.errors`, on opening or while iterating.
@@ -128,24 +123,19 @@ class VideoReader:
             )
         with file.open("rb") as head:
             check_container(head.read(SNIFF_NBYTES))
+        self._file = file
+        self._sampling = sampling
         self._limits = limits
         self._first_frame = first_frame
+        self._num_threads = num_threads
         self._batch_nbytes = batch_nbytes
-        self._waited_s = 0.0
-        self._wall_clock_s = limits.wall_clock_for(limits.max_duration_s)
+        self._command = command
+        self._patience = Patience(limits.stall_s, limits.wall_clock_for(limits.max_duration_s))
         self._closed = False
-        self._kill_lock = threading.Lock()
-        self._read_lock = threading.Lock()
-        job = {
-            "path": str(file),
-            "num_threads": num_threads,
-            "memory_nbytes": limits.memory_nbytes,
-            "cpu_s": math.ceil(self._wall_clock_s * (num_threads + 1)),
-            "stall_s": limits.stall_s,
-        }
-        self._process = _start([*command, json.dumps(job)])
+        self._lock = threading.Lock()  # no process may be started while all are ended
+        self._processes: list[DecoderProcess] = []
         try:
-            self.info = self._open(sampling)
+            self._open(limits.max_processes)
         except BaseException:
             self.close()
             raise
@@ -163,36 +153,84 @@ class VideoReader:
             self.close()
 
     def close(self) -> None:
-        """Kill the decoder at once and free everything. Safe from any thread, and more than once."""
+        """Kill the decoders at once and free everything. Safe from any thread, and more than once."""
         self._closed = True
-        with self._kill_lock:
-            if self._process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
-        with self._read_lock:  # the pipe has ended, so a reading thread lets go of the lock at once
-            for pipe in (self._process.stdin, self._process.stdout):
-                assert pipe is not None
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        self._end_processes()
 
-    def _open(self, sampling: Sampling) -> VideoInfo:
-        found = self._receive_json(b"I")
-        duration_s = self._number(found, "duration_s")
-        self._wall_clock_s = self._limits.wall_clock_for(duration_s)
-        self._check_size(duration_s, self._number(found, "width"), self._number(found, "height"))
-        num_frames, interval_s = sampling.grid(duration_s)
+    def _end_processes(self) -> None:
+        with self._lock:
+            for process in self._processes:
+                process.kill()
+            for process in self._processes:
+                process.close()
+
+    def _start(self, *, is_first: bool) -> DecoderProcess:
+        job = {
+            "path": str(self._file),
+            "is_first": is_first,
+            "memory_nbytes": self._limits.memory_nbytes,
+            "cpu_s": math.ceil(self._patience.wall_clock_s * (self._num_threads + 1)),
+            "stall_s": self._limits.stall_s,
+        }
+        with self._lock:
+            if self._closed:
+                raise VideoCancelled("Reading the video was cancelled.")
+            process = DecoderProcess(self._command, job, self._patience)
+            self._processes.append(process)
+        return process
+
+    def _open(self, max_processes: int | None) -> None:
+        """Start the first process, learn from it what the video is, share the frames out and wait for the first."""
+        first = self._start(is_first=True)
+        found = first.receive_json(b"I")
+        duration_s = number(found, "duration_s")
+        self._patience.wall_clock_s = self._limits.wall_clock_for(duration_s)
+        width, height = number(found, "width"), number(found, "height")
+        self._check_size(duration_s, width, height)
+        num_frames, interval_s = self._sampling.grid(duration_s)
         if num_frames > self._limits.max_frames:
             raise VideoTooLarge(
                 f"Sampling this video gives {num_frames} frames; at most {self._limits.max_frames} are allowed. "
                 "Lower fps or set max_frames.",
                 code="video_too_many_frames",
             )
-        self._send({"interval_s": interval_s, "first_frame": self._first_frame, "num_frames": num_frames})
-        opened = self._receive_json(b"O")
-        width, height = int(self._number(opened, "width")), int(self._number(opened, "height"))
-        self._check_size(duration_s, width, height)
-        return VideoInfo(duration_s, width, height, num_frames, interval_s)
+        first.send({"interval_s": interval_s, "first_frame": self._first_frame, "num_frames": num_frames})
+        places = np.empty((3, num_frames - self._first_frame), np.int64)
+        first.receive_bytes(b"P", places.data.cast("B"))
+        self._split = Split(places, int(width * height) * 3, self._limits.memory_nbytes, max_processes)
+        self._shares = self._share_out(places, interval_s, found)
+        first.send(self._shares[0])
+        try:
+            opened = first.receive_json(b"O")
+        except VideoTooLarge as error:
+            self._start_over(self._first_frame, error)
+        else:
+            width, height = number(opened, "width"), number(opened, "height")
+            self._check_size(duration_s, width, height)
+            self.info = VideoInfo(duration_s, int(width), int(height), num_frames, interval_s)
+
+    def _share_out(
+        self, places: NDArray[np.int64], interval_s: float, found: dict[str, object]
+    ) -> list[dict[str, object]]:
+        """What each process is told, as :class:`server.video.worker.Share` takes it."""
+        split, shares = self._split, []
+        for turn in range(split.num_processes):
+            (mine,) = np.nonzero(split.turns == turn)
+            pts, key_pts, _ = places[:, mine].tolist()
+            shares.append(
+                {
+                    "times_s": ((mine + self._first_frame) * interval_s).tolist(),
+                    "pts": pts,
+                    "key_pts": key_pts,
+                    "tick_s": number(found, "tick_s"),
+                    "width": int(number(found, "width")),
+                    "height": int(number(found, "height")),
+                    "num_threads": self._num_threads if split.num_processes == 1 else 1,
+                    "memory_nbytes": split.memory_nbytes,
+                    "ahead_nbytes": split.ahead_nbytes,
+                }
+            )
+        return shares
 
     def _check_size(self, duration_s: float, width: float, height: float) -> None:
         if duration_s > self._limits.max_duration_s:
@@ -207,125 +245,32 @@ class VideoReader:
             )
 
     def _batches(self) -> Iterator[Frames]:
+        for share in self._shares[1:]:
+            self._start(is_first=False).send(share)
         info = self.info
         shape = (info.height, info.width, 3)
         max_batch = max(1, self._batch_nbytes // math.prod(shape))
         for first in range(self._first_frame, info.num_frames, max_batch):
             pixels = np.empty((min(max_batch, info.num_frames - first), *shape), np.uint8)
-            for frame in pixels:
-                self._receive_frame(frame)
+            for index, frame in enumerate(pixels, first):
+                self._receive_frame(index, frame.data.cast("B"))
             yield Frames(pixels, np.arange(first, first + len(pixels), dtype=np.float64) * info.interval_s)
-        self._receive(b"E")
+        for process in self._processes:
+            process.receive(b"E")
 
-    def _receive_frame(self, frame: NDArray[np.uint8]) -> None:
-        if self._receive(b"F") != frame.nbytes:
-            raise DecoderCrashed("The video decoder sent a frame of another size.")
-        self._read_into(frame.data.cast("B"))
-
-    def _receive_json(self, kind: bytes) -> dict[str, object]:
-        return self._read_json(self._receive(kind))
-
-    def _receive(self, kind: bytes) -> int:
-        """Wait for the next message, which must be of ``kind``; its length. An error message is raised."""
-        header = bytearray(worker.HEADER.size)
-        while True:
-            self._read_into(memoryview(header))
-            received, nbytes = worker.HEADER.unpack(header)
-            if received == b"X":
-                raise _reported(self._read_json(nbytes))
-            if received == kind:
-                return int(nbytes)
-            if received != b"T":
-                raise DecoderCrashed("The video decoder sent something unexpected.")
-
-    def _read_json(self, nbytes: int) -> dict[str, object]:
-        # A hostile video may have taken the decoder over, so nothing it says is trusted.
-        text = bytearray(min(nbytes, MAX_JSON_NBYTES))
-        self._read_into(memoryview(text))
+    def _receive_frame(self, index: int, frame: memoryview) -> None:
+        turn = self._split.turns[index - self._first_frame]
         try:
-            values = json.loads(text)
-        except ValueError:
-            values = None
-        if not isinstance(values, dict):
-            raise DecoderCrashed("The video decoder sent something unexpected.")
-        return values
+            self._processes[turn].receive_bytes(b"F", frame)
+        except VideoTooLarge as error:
+            self._start_over(index, error)
+            self._processes[0].receive_bytes(b"F", frame)
 
-    def _number(self, values: dict[str, object], name: str) -> float:
-        value = values.get(name)
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise DecoderCrashed(f"The video decoder reported no valid {name}.")
-        return value
-
-    def _read_into(self, buffer: memoryview) -> None:
-        with self._read_lock:
-            while buffer:
-                if self._closed:
-                    raise VideoCancelled("Reading the video was cancelled.")
-                assert self._process.stdout is not None
-                self._await(self._process.stdout.fileno())
-                nbytes = os.readv(self._process.stdout.fileno(), [buffer])
-                if nbytes == 0:
-                    raise self._ended()
-                buffer = buffer[nbytes:]
-
-    def _await(self, fd: int) -> None:
-        """Wait for bytes. Only this waiting counts as the decoder's time: what is done with the frames may be slow."""
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        patience_s = min(self._limits.stall_s, self._wall_clock_s - self._waited_s)
-        begin_s = time.monotonic()
-        ready = poller.poll(max(0.0, patience_s) * 1000)
-        self._waited_s += time.monotonic() - begin_s
-        if not ready:
-            if self._waited_s >= self._wall_clock_s:
-                raise VideoTimeout(f"Decoding the video took longer than {self._wall_clock_s:.0f} s.")
-            raise VideoTimeout(f"The video decoder made no progress for {self._limits.stall_s:.0f} s.")
-
-    def _send(self, values: dict[str, float]) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # reading will tell how the decoder ended
-            self._process.stdin.write(json.dumps(values).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def _ended(self) -> VideoError:
-        """Why the decoder's pipe ended before its last message."""
-        if self._closed:
-            return VideoCancelled("Reading the video was cancelled.")
-        try:
-            status = self._process.wait(timeout=self._limits.stall_s)
-        except subprocess.TimeoutExpired:
-            return VideoTimeout("The video decoder hung.")
-        if -status in (signal.SIGXCPU, signal.SIGALRM):
-            return VideoTimeout("Decoding the video took more time than allowed.")
-        reason = f"signal {-status}" if status < 0 else f"status {status}"
-        return DecoderCrashed(f"The video decoder crashed on this file ({reason}).")
-
-
-def _start(argv: list[str]) -> subprocess.Popen[bytes]:
-    # A bare environment: the decoder of a hostile file sees no secret. One thread for numpy, which has nothing to do.
-    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    environment["OPENBLAS_NUM_THREADS"] = "1"
-    try:
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            cwd="/",
-            start_new_session=True,
-            bufsize=0,
-            pipesize=PIPE_NBYTES,
-        )
-    except OSError:
-        raise DecoderCrashed("The video decoder could not be started.") from None
-
-
-def _reported(values: dict[str, object]) -> VideoError:
-    """The error that the decoder reported."""
-    kind = getattr(errors, str(values.get("error")), None)
-    if kind is VideoTooLarge:
-        return VideoTooLarge(str(values.get("message")), code="video_needs_too_much_memory")
-    if isinstance(kind, type) and issubclass(kind, VideoError):
-        return kind(str(values.get("message")))
-    return DecoderCrashed("The video decoder failed.")
+    def _start_over(self, first_frame: int, error: VideoTooLarge) -> None:
+        """Where a process's part of the memory does not suffice, one gets all of it; raises ``error`` if one had."""
+        if self._split.num_processes == 1:
+            raise error
+        self._end_processes()
+        self._processes = []
+        self._first_frame = first_frame
+        self._open(max_processes=1)

@@ -4,18 +4,21 @@
 make the native decoder hang, crash or eat memory, and only a process can be killed and limited. It imports nothing of
 this project, opens only the one file and writes only to its standard output.
 
-The library is PyAV. decord2 3.4.0 was tried and cannot sample by time: it does not tell which frame it returned, gives
-up skipping when its decoding thread is slow (on a busy machine 10 of 40 frames of a 1080p file were silently others),
-queues packets without bound meanwhile (1 GB resident for an hour of 1080p), miscounts beside edit lists and after
-seeking in open GOPs, and refuses recordings without a duration. With PyAV every frame carries its presentation time.
+The library is PyAV, whose every frame carries its presentation time. decord2 3.4.0 cannot sample by time: it does not
+tell which frame it returned, returns others when it is slow, and miscounts beside edit lists and in open GOPs.
 
-Protocol, on pipes: each message out is a kind (one byte), a length (uint32, big-endian) and as many bytes.
+Several such processes may decode one file. The first reads the index and sends I, P and O; each gets its share.
+
+Protocol, on pipes: each message out is a kind (one byte), a length (uint32, big-endian) and as many bytes; each message
+in is a line of JSON.
 
 ====  =================================================================================================
-I     JSON ``{"duration_s", "width", "height"}``, as coded; then the plan is awaited, a line of JSON
-      ``{"interval_s", "first_frame", "num_frames"}``
+I     JSON ``{"duration_s", "width", "height", "tick_s"}``; then awaits ``{"interval_s", "first_frame",
+      "num_frames"}``
+P     int64 [3, frames]: each wanted frame's presentation time, that of the keyframe to decode it from (or
+      START_PTS), and how many frames to decode on top of those before it; then :class:`Share` is awaited
 O     JSON ``{"width", "height"}``, upright: the first frame was decoded
-F     one frame, raw RGB [height, width, 3], for the next instant ``n * interval_s``
+F     one frame, raw RGB [height, width, 3], for the next instant of the share
 T     nothing: a sign of life while frames between two instants are decoded or the index is read
 E     nothing: all frames were sent
 X     JSON ``{"error", "message"}``: no more will come
@@ -24,7 +27,6 @@ X     JSON ``{"error", "message"}``: no more will come
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import mmap
@@ -33,7 +35,10 @@ import resource
 import signal
 import struct
 import sys
+import threading
 from array import array
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,35 +55,66 @@ TICK_FRAMES = 64
 TICK_PACKETS = 20_000
 MAX_CLOCK_SKEW_S = 0.0005  # Matroska rounds times to ms
 MAX_GAP_S = 1.0
+START_PTS = -(1 << 63)
+STACK_NBYTES = 256 << 10
 
 
 class Refused(Exception):  # noqa: N818
-    """The video cannot be decoded; ``error`` names the reader's exception class."""
-
-    def __init__(self, error: str, message: str) -> None:
-        super().__init__(message)
-        self.error = error
+    """The video cannot be decoded: the name of the reader's exception class, and the message."""
 
 
 class Outbox:
-    """Writes messages to the reader. Between two of them the process may take ``stall_s``, then the kernel ends it:
-    the reader would have killed it by then, so this only matters when the reader itself is gone."""
+    """Sends messages to the reader, from a thread: decoding runs ahead by ``ahead_nbytes``, or by one message.
+
+    Between two messages the process may take ``stall_s``, then the kernel ends it, in case the reader is gone.
+    """
 
     def __init__(self, fd: int, stall_s: float) -> None:
-        self.fd = fd
-        self.grace_s = math.ceil(stall_s) + 5
-        signal.alarm(self.grace_s)
+        self.ahead_nbytes = 0
+        self._fd = fd
+        self._grace_s = math.ceil(stall_s) + 5
+        self._waiting: deque[tuple[bytes, bytes | memoryview]] = deque()
+        self._nbytes = 0
+        self._changed = threading.Condition()
+        threading.stack_size(STACK_NBYTES)
+        threading.Thread(target=self._write, daemon=True).start()
+        signal.alarm(self._grace_s)
 
     def send(self, kind: bytes, payload: bytes | memoryview = b"") -> None:
+        """Post a message, whose payload must not change any more. Waits while too much is on its way."""
+        if kind == b"T" and self._waiting:
+            return  # what is on its way is a sign of life
         signal.alarm(0)  # a slow reader is no stall
-        for part in (HEADER.pack(kind, len(payload)), payload):
-            view = memoryview(part)
-            while view:
-                view = view[os.write(self.fd, view) :]
-        signal.alarm(self.grace_s)
+        with self._changed:
+            self._changed.wait_for(lambda: self._nbytes == 0 or self._nbytes + len(payload) <= self.ahead_nbytes)
+            self._waiting.append((HEADER.pack(kind, len(payload)), payload))
+            self._nbytes += len(payload)
+            self._changed.notify_all()
+        signal.alarm(self._grace_s)
+
+    def flush(self) -> None:
+        """Wait until all is sent."""
+        signal.alarm(0)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting)
 
     def send_json(self, kind: bytes, **values: object) -> None:
         self.send(kind, json.dumps(values).encode())
+
+    def _write(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting)
+                for part in self._waiting[0]:
+                    view = memoryview(part)
+                    while view:
+                        view = view[os.write(self._fd, view) :]
+                with self._changed:
+                    self._nbytes -= len(self._waiting.popleft()[1])
+                    self._changed.notify_all()
+        except OSError:
+            os._exit(0)  # the reader is gone
 
 
 @dataclass(frozen=True)
@@ -96,11 +132,36 @@ class Index:
     width: int
     height: int
 
-    def position_at(self, time_s: float) -> int:
-        """The frame on screen at ``time_s`` from the first: the last that began by then, as exact as the clock is."""
+    def locate(self, times_s: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Where the frames on screen at ``times_s`` [n], ascending, from the first frame lie: message P. Such a frame
+        is the last that began by then, as exact as the clock is."""
+        import numpy as np
+
         tolerance = min(0.5, MAX_CLOCK_SKEW_S / self.tick_s)
-        instant = self.pts[0] + time_s / self.tick_s + tolerance
-        return max(0, int(self.pts.searchsorted(instant, side="right")) - 1)
+        instants = self.pts[0] + times_s / self.tick_s + tolerance
+        positions = np.maximum(self.pts.searchsorted(instants, side="right") - 1, 0)
+        wanted = self.pts[positions]
+        keys = self.key_pts.searchsorted(wanted, side="right") - 1
+        key_pts = self.key_pts[keys]
+        key_pts[(keys <= 0) | (key_pts < self.pts[0])] = START_PTS
+        begins = np.maximum(self.pts.searchsorted(key_pts), np.append(0, positions[:-1] + 1))
+        return np.stack([wanted, key_pts, positions + 1 - begins])
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process is to decode: the frames on screen at ``times_s``, which lie as message P tells.
+    ``memory_nbytes`` is this process's part of the limit, ``ahead_nbytes`` how far it may run ahead of the reader."""
+
+    times_s: list[float]
+    pts: list[int]
+    key_pts: list[int]
+    tick_s: float
+    width: int
+    height: int
+    num_threads: int
+    memory_nbytes: int
+    ahead_nbytes: int
 
 
 def read_index(path: str, outbox: Outbox) -> Index:
@@ -185,87 +246,109 @@ def _check_complete(container: Any, stream: Any, num_packets: int, present_s: fl
 
 
 class Decoder:
-    """Decodes presented frames by position, forward only."""
+    """Decodes presented frames by their presentation times, forward only.
 
-    def __init__(self, path: str, index: Index, num_threads: int, outbox: Outbox) -> None:
+    It seeks to keyframes, and in H.264 it skips frames that are neither wanted nor referred to by others (in HEVC those
+    of a higher temporal layer may still refer to them). A ``careful`` one does neither.
+    """
+
+    def __init__(self, path: str, share: Share, outbox: Outbox, *, careful: bool = False) -> None:
         import av
 
-        self.index = index
+        self.share = share
         self.outbox = outbox
+        self.careful = careful
+        self.wanted = {*share.pts, *share.key_pts}
         self.container = av.open(path, **OPEN_OPTIONS)
-        self.stream = self.container.streams.best("video")
+        self.stream: Any = self.container.streams.best("video")
         self.stream.thread_type = "AUTO"
-        self.stream.codec_context.thread_count = num_threads
-        self.frames = self.container.decode(self.stream)
-        self.frame = next(self.frames)
+        self.stream.codec_context.thread_count = share.num_threads
+        self.skips = not careful and self.stream.codec_context.codec.canonical_name == "h264"
+        self.frames = self._frames()
+        self.frame: Any = None
 
-    def decode(self, position: int) -> NDArray[np.uint8]:
-        """The frame at ``position``, uint8 [H, W, 3] RGB, upright.
+    def decode(self, wanted: int, key: int) -> Any:
+        """The frame at ``wanted``, decoded from ``key`` at the latest, uint8 [H, W, 3] RGB, upright.
 
-        In place of a frame that the decoder drops, the next one, if that comes soon; else Refused.
+        In place of a frame that the decoder drops, the next one, if that comes soon; else StopIteration. None if only
+        a careful decoder can tell.
         """
         import numpy as np
 
-        wanted = int(self.index.pts[position])
-        key = int(self.index.key_pts[max(0, int(self.index.key_pts.searchsorted(wanted, side="right")) - 1)])
-        if key > self._reached():
+        found = True
+        if key > self._reached() and not self.careful:
             # Frames shown before a keyframe may be lost by seeking to it (open GOPs); none of them is wanted.
             self.container.seek(key, stream=self.stream)
-            self.frames = self.container.decode(self.stream)
-            self.frame = next(self.frames)
-        for number in itertools.count(1):
-            if self._reached() >= wanted:
-                break
-            self.frame = next(self.frames)
-            if number % TICK_FRAMES == 0:
-                self.outbox.send(b"T")
-        if (self._reached() - wanted) * self.index.tick_s > MAX_GAP_S:
+            self.frames = self._frames()
+            self.frame = None
+            found = self._advance(key)  # some begin a gradual refresh, and no picture is whole for a while
+        found = self._advance(wanted) and found
+        if not found and not self.careful:
+            return None
+        if self.frame is None or (self._reached() - wanted) * self.share.tick_s > MAX_GAP_S:
             raise StopIteration
-        pixels = self.frame.to_ndarray(width=self.index.width, height=self.index.height, format="rgb24")
+        pixels = self.frame.to_ndarray(width=self.share.width, height=self.share.height, format="rgb24")
         return np.ascontiguousarray(np.rot90(pixels, round(self.frame.rotation / 90)))
 
-    def _reached(self) -> float:
-        return -math.inf if self.frame.pts is None else float(self.frame.pts)
+    def _advance(self, pts: int) -> bool:
+        """Decode until the frame at ``pts`` is reached; False if another one is."""
+        num_passed = 0
+        while self._reached() < pts:
+            self.frame = next(self.frames, None)
+            if self.frame is None:
+                break
+            num_passed += 1
+            if num_passed % TICK_FRAMES == 0:
+                self.outbox.send(b"T")
+        return self._reached() == pts
+
+    def _frames(self) -> Iterator[Any]:
+        for packet in self.container.demux(self.stream):
+            skips = self.skips and packet.pts not in self.wanted
+            self.stream.codec_context.skip_frame = "NONREF" if skips else "DEFAULT"
+            yield from packet.decode()
+
+    def _reached(self) -> int:
+        return START_PTS if self.frame is None or self.frame.pts is None else int(self.frame.pts)
 
 
-def send_frames(path: str, index: Index, num_threads: int, positions: list[int], outbox: Outbox) -> None:
-    """Decode and send the frames at the ascending ``positions``; Refused if one cannot be decoded."""
+def send_frames(path: str, share: Share, is_first: bool, outbox: Outbox) -> None:
+    """Decode and send the frames of a share; Refused if one cannot be decoded."""
     import av
 
-    position = last_position = -1
+    num_sent, last = 0, None
     try:
-        decoder = Decoder(path, index, num_threads, outbox)
-        for position in positions:
-            if position != last_position:
-                pixels = decoder.decode(position)
-            if last_position < 0:
+        decoder = Decoder(path, share, outbox)
+        for wanted, key in zip(share.pts, share.key_pts, strict=True):
+            if wanted != last:
+                pixels = decoder.decode(wanted, key)
+            if pixels is None:
+                decoder = Decoder(path, share, outbox, careful=True)
+                pixels = decoder.decode(wanted, key)
+            if is_first and last is None:
                 outbox.send_json(b"O", width=pixels.shape[1], height=pixels.shape[0])
             outbox.send(b"F", pixels.data.cast("B"))
-            last_position = position
+            num_sent, last = num_sent + 1, wanted
     except (av.error.FFmpegError, StopIteration) as error:
-        raise _failure(error, index, max(0, position)) from error
+        raise _failure(error, share, share.times_s[num_sent]) from error
 
 
-def _failure(error: Exception, index: Index, position: int) -> Exception:
+def _failure(error: Exception, share: Share, time_s: float) -> Exception:
     """What stopped the decoder: not every codec tells a refused allocation from damaged data."""
     if isinstance(error, MemoryError):
         return error
     try:
-        mmap.mmap(-1, SPARE_NBYTES + SPARE_FRAMES * index.width * index.height * 3).close()
+        spare_nbytes = SPARE_NBYTES + SPARE_FRAMES * share.width * share.height * 3
+        mmap.mmap(-1, spare_nbytes, flags=mmap.MAP_PRIVATE).close()  # shared memory would not count
     except (OSError, MemoryError):
         return MemoryError()
-    time_s = float(index.pts[position] - index.pts[0]) * index.tick_s
     return Refused("VideoDamaged", f"The video cannot be decoded at about {time_s:.1f} s: it is damaged or cut off.")
 
 
 def limit_process(memory_nbytes: int, cpu_s: int) -> None:
     """Limit what this process may take; it also writes no files and leaves no core."""
-    for limit, value in (
-        (resource.RLIMIT_DATA, memory_nbytes),
-        (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
+    for name, value in (("DATA", memory_nbytes), ("CPU", cpu_s), ("FSIZE", 0), ("CORE", 0)):
+        limit = getattr(resource, f"RLIMIT_{name}")
         _, hard = resource.getrlimit(limit)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
@@ -273,33 +356,44 @@ def limit_process(memory_nbytes: int, cpu_s: int) -> None:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
+    os.nice(5)  # questions that are being answered come first
     limit_process(job["memory_nbytes"], job["cpu_s"])
     outbox = Outbox(os.dup(1), job["stall_s"])
     os.dup2(2, 1)  # whatever a library prints must not reach the protocol
     try:
-        decode_video(job["path"], job["num_threads"], outbox)
+        if job["is_first"]:
+            send_index(job["path"], outbox)
+        share = Share(**receive())
+        limit_process(share.memory_nbytes, job["cpu_s"])
+        outbox.ahead_nbytes = share.ahead_nbytes
+        send_frames(job["path"], share, job["is_first"], outbox)
+        outbox.send(b"E")
     except Refused as error:
-        outbox.send_json(b"X", error=error.error, message=str(error))
+        name, message = error.args
+        outbox.send_json(b"X", error=name, message=message)
     except MemoryError:
         message = "Decoding this video needs more memory than the server allows."
         outbox.send_json(b"X", error="VideoTooLarge", message=message)
+    outbox.flush()
 
 
-def decode_video(path: str, num_threads: int, outbox: Outbox) -> None:
-    """Send the index, await the plan, send the frames."""
+def send_index(path: str, outbox: Outbox) -> None:
+    """Send the index, await the plan, send where the frames lie."""
+    import numpy as np
+
     index = read_index(path, outbox)
-    outbox.send_json(b"I", duration_s=index.duration_s, width=index.width, height=index.height)
-    plan = json.loads(sys.stdin.buffer.readline() or "null")
-    if plan is None:
-        return
-    numbers = range(plan["first_frame"], plan["num_frames"])
-    positions = [index.position_at(number * plan["interval_s"]) for number in numbers]
-    send_frames(path, index, num_threads, positions, outbox)
-    outbox.send(b"E")
+    outbox.send_json(b"I", duration_s=index.duration_s, width=index.width, height=index.height, tick_s=index.tick_s)
+    plan = receive()
+    numbers = np.arange(plan["first_frame"], plan["num_frames"])
+    outbox.send(b"P", index.locate(numbers * plan["interval_s"]).tobytes())
+
+
+def receive() -> Any:
+    line = sys.stdin.buffer.readline()
+    if not line:
+        os._exit(0)  # the reader is gone
+    return json.loads(line)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:
-        os._exit(0)  # the reader is gone
+    main()

@@ -30,7 +30,7 @@ QUESTION = "What code is on the red star?"
 def untrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OnePassModel:
     folder = tmp_path_factory.mktemp(request.param)
     SAVE[request.param](folder)
-    options = {"high_ratio": 8, "compressor": "keydiff", "prefill_mode": "recent-1"}
+    options = {"low_ratio": 2, "high_ratio": 8, "compressor": "keydiff", "prefill_mode": "recent-1"}
     model = load_model(str(folder), device="cpu", dtype="float32", **options)
     assert isinstance(model, OnePassModel)
     model.spec = replace(model.spec, frames_per_chunk=4, default_reload=2)

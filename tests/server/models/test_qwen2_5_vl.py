@@ -144,7 +144,7 @@ def test_missing_and_extra_tensors_are_named(reference: Reference, tmp_path: Pat
 def test_a_folder_is_known_by_its_type(reference: Reference, tmp_path: Path) -> None:
     model = load_model(str(reference.folder), device="cpu", high_ratio=8, compressor="keydiff", prefill_mode="recent-2")
     assert isinstance(model, OnePassModel)
-    assert model.compression == OnePassConfig(2, 8, "keydiff", "recent-2")
+    assert model.compression == OnePassConfig(high_ratio=8, compressor="keydiff", prefill_mode="recent-2")
     assert (model.spec.name, model.prefill_mode) == ("tiny-qwen", "recent-2")
     with pytest.raises(ValueError, match="compressor"):
         load_model("tiny", compressor="pool")

@@ -16,7 +16,8 @@ import pytest
 from clips import Clips
 
 from server.video.errors import DecoderCrashed, VideoCancelled, VideoError, VideoTimeout
-from server.video.reader import DECODER_COMMAND, Sampling, VideoLimits, VideoReader
+from server.video.process import DECODER_COMMAND
+from server.video.reader import Sampling, VideoLimits, VideoReader
 
 REPO = Path(__file__).parents[3]
 
@@ -27,12 +28,12 @@ spec = importlib.util.spec_from_file_location("worker", sys.argv.pop(1))
 worker = sys.modules["worker"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
 real, count = worker.Decoder.decode, 0
-def decode(self, position):
+def decode(self, *arguments):
     global count
     count += 1
     if count > {at}:
         {deed}
-    return real(self, position)
+    return real(self, *arguments)
 worker.Decoder.decode = decode
 worker.main()
 """
