@@ -1,39 +1,42 @@
-"""What a video takes of the device while nobody asks about it."""
+"""What a video takes of the device while nobody asks about it, and what a cache of all its KVs would take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from server.bench.serving.asker import Asker
+from server.bench.serving.floor import Floor
 from server.bench.serving.video import UploadedVideo
 
-_DEVICE_NBYTES = 80e9
 
-
-def measure_resident(asker: Asker, videos: Sequence[UploadedVideo], ratio: int | None) -> dict[str, Any]:
-    """Bytes of H-KVs on the device per video-hour (``x2l_resident_bytes``) against 1/``ratio`` of the KVs of all visual
-    tokens; None takes the ratio from the tokens of both. The peer is a cache of all KVs, as prefix caching keeps it:
-    how many hours of video 80 GB hold, without weights.
-
-    Only with all of ``videos`` on the device and no others the bytes are theirs; otherwise there is only the peer.
-    """
-    hours = sum(video.facts["duration_s"] for video in videos) / 3600
-    full = sum(video.full_nbytes for video in videos)
-    high = sum(video.facts["tokens"]["high"] for video in videos)
-    ratio = ratio or round(sum(video.facts["tokens"]["visual"] for video in videos) / high)
-    row: dict[str, Any] = {
-        "high_ratio": ratio,
-        "full_mb_per_hour": round(full / hours / 1e6, 2),
-        "full_hours_in_80_gb": round(_DEVICE_NBYTES / (full / hours), 1),
-    }
+def measure_resident(asker: Asker, video: UploadedVideo, floor: Floor, ratio: int) -> dict[str, Any]:
+    """Bytes of H-KVs on the device per video-hour (``x2l_resident_bytes``, with the prefix) against 1/``ratio`` of the
+    KVs of all visual tokens. Raises ValueError unless this and no other video is on the device."""
     counts = asker.counts()
-    if counts["x2l_resident_videos"] == len(videos):
-        nbytes = counts["x2l_resident_bytes"]
-        row |= {
-            "mb_per_hour": round(nbytes / hours / 1e6, 3),
-            "hours_in_80_gb": round(_DEVICE_NBYTES / (nbytes / hours), 1),
-            "share_of_full": round(nbytes / full, 5),
-            "over_one_by_ratio": round(nbytes / full * ratio, 3),
-        }
-    return row
+    if counts["x2l_resident_videos"] != 1:
+        raise ValueError("the video does not stay on the device: give it more room, --serve '--gpu-kv-budget 8GB'")
+    hours = video.facts["duration_s"] / 3600
+    full = video.facts["tokens"]["visual"] * floor.token_nbytes
+    nbytes = counts["x2l_resident_bytes"]
+    return {
+        "high_ratio": ratio,
+        "mb_per_hour": round(nbytes / hours / 1e6, 3),
+        "full_mb_per_hour": round(full / hours / 1e6, 3),
+        "floor_mb_per_hour": round(full / ratio / hours / 1e6, 3),
+        "over_floor": round(nbytes / full * ratio, 3),
+    }
+
+
+def full_cache(resident: dict[str, Any], floor: Floor, disk: float, memory_gb: float) -> dict[str, Any]:
+    """What prefix caching of all KVs (ratio 1, nothing compressed) would take, computed from this run's measured rates:
+    hours of video beside the weights in ``memory_gb``, and the re-load of an hour from ``disk`` (bytes a second)."""
+    room_mb = max(0.0, 1000 * memory_gb - floor.weight_nbytes / 1e6)
+    full_mb = resident["full_mb_per_hour"]
+    return {
+        "computed_from": "bytes a token, disk and device paces of this run",
+        "memory_gb": memory_gb,
+        "mb_per_hour": full_mb,
+        "hours_that_fit": round(room_mb / full_mb, 1),
+        "hours_that_fit_here": round(room_mb / resident["mb_per_hour"], 1),
+        "reload_hour_s": round(full_mb * 1e6 / min(disk, floor.paces.to_device), 3),
+    }
