@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -264,7 +265,6 @@ def serving(
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers and stores go
     import httpx
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from server.bench.circumstances import to_json
     from server.bench.serving.run import Sizes, Target, run_serving
@@ -273,7 +273,6 @@ def serving(
     from server.cli import fail
     from server.client import ServerError
 
-    columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     try:
         sizes = Sizes(
             minutes,
@@ -285,15 +284,32 @@ def serving(
             repeats,
             memory_gb,
         )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=sizes.num_steps)
-            result = run_serving(
-                Target(model, device, dtype, serve),
-                sizes,
-                lambda text, steps: progress.update(task, description=text, advance=steps),
-            )
+        with _showing(sizes.num_steps) as tell:
+            result = run_serving(Target(model, device, dtype, serve), sizes, tell)
     except (ValueError, ServerUnusable, VideoRefused, ServerError, httpx.HTTPError, OSError) as error:
         fail(str(error) or type(error).__name__)
     if out is not None:
         out.write_text(to_json(result) + "\n")
     print("\n".join(format_table(result["table"])))
+
+
+@contextmanager
+def _showing(num_steps: int) -> Iterator[Callable[[str, int], None]]:
+    """A function that shows what is being done and that so many steps are over: a bar, or lines where there is no
+    terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=num_steps)
+        shown = ""
+
+        def tell(text: str, steps: int) -> None:
+            nonlocal shown
+            progress.update(task, description=text, advance=steps)
+            if text != shown and not console.is_terminal:
+                console.print(text)
+            shown = text
+
+        yield tell

@@ -16,7 +16,7 @@ from server.bench.serving.process import Served
 from server.bench.serving.video import QUESTIONS, UploadedVideo
 from server.client import ServerError
 
-_BASE_TOKENS, _TOKENS_A_ROW = 192, 8
+_BASE_TOKENS, _TOKENS_A_ROW = 192, 4
 """Of an answer: the first streams run on while the last ones are scored and read."""
 _LEAST_SHARE = 0.7
 """Of the window's passes that must have had all rows, for it to count."""
