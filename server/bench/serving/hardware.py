@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -31,35 +30,36 @@ class Paces:
 
 
 def measure_paces(device: torch.device, dtype: torch.dtype) -> Paces:
-    """Medians of 9."""
+    """The best of 9."""
     copy = measure_copy(device)
     size = _MATMUL_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    matmul = 2 * size**3 / median_s(lambda: left @ right, device)
+    matmul = 2 * size**3 / least_s(lambda: left @ right, device)
     if device.type == "cpu":
         return Paces(copy, copy / 2, matmul)
     host = torch.ones(_COPY_NBYTES[device.type] // 4, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(host, device=device)
-    return Paces(copy, host.nbytes / median_s(lambda: target.copy_(host, non_blocking=True), device), matmul)
+    return Paces(copy, host.nbytes / least_s(lambda: target.copy_(host, non_blocking=True), device), matmul)
 
 
 def measure_copy(device: torch.device, nbytes: int | None = None) -> float:
     """Bytes read and written a second by a copy of ``nbytes``, by default more than caches hold."""
     source = torch.ones(nbytes or _COPY_NBYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_s(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / least_s(lambda: target.copy_(source), device)
 
 
-def median_s(work: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
-    """Seconds of ``work`` until the device has done it; once before, to warm up."""
+def least_s(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of ``work`` until the device has done it, at its best: others' work may slow it, nothing makes it faster.
+    The first time is to warm up."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(_REPEATS + 1):
         synchronize(device)
         begin_s = time.perf_counter()
         work()
         synchronize(device)
         times.append(time.perf_counter() - begin_s)
-    return median(times[1:])
+    return min(times[1:])
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from compression.cache import KVCache
 from compression.kv import ChunkKV
 from server.bench.serving.floor import Floor
 from server.bench.serving.hardware import Paces, drop_pages, measure_copy, measure_disk
-from server.bench.serving.model import counted, num_step_weights
+from server.bench.serving.model import Parts, counted, num_step_weights
 from server.models.decoder import Decoder, DecoderConfig, Window
 
 FLOOR = Floor(Paces(copy=1000.0, to_device=100.0, matmul=1e6), weight_nbytes=500, token_nbytes=10)
@@ -57,6 +57,15 @@ def test_operations_of_a_pass_are_those_of_its_matrices_and_of_what_its_tokens_s
     assert flops[0] == 2 * weights * 3 + 4 * 2 * 8 * (6 + 7 + 8)
     decoder([Window(torch.randn(3, 8), cache)])
     assert flops[0] == 2 * weights * 3 + 4 * 2 * 8 * (6 + 7 + 8)  # it no longer counts
+
+
+def test_parts_of_prefill_are_shares_of_a_matrix_product():
+    parts = Parts(2, 60, 1.0, vision_s=2.0, vision_flops=10**9, language_s=3.0, language_flops=6 * 10**9)
+    summary = parts.summary(4e9)
+    assert (summary["vision_frames_per_s"], summary["language_frames_per_s"]) == (30, 20)
+    assert (summary["vision_share_of_matmul"], summary["language_share_of_matmul"]) == (0.125, 0.5)
+    assert summary["language_gflop_s"] == 2
+    assert (summary["s_per_video_minute"], summary["floor_s_per_video_minute"]) == (5, 1.75)
 
 
 def test_paces_are_of_bytes_that_were_moved(tmp_path):
