@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,9 @@ Sealed = tuple[bytes, memoryview]
 
 NewBuffer = Callable[[int], memoryview]
 """Makes writable memory of so many bytes."""
+
+Tier = Literal["device", "memory", "disk", "redis"]
+"""Where KVs lie, the fastest first."""
 
 _SEGMENT = r"[a-z0-9_-][a-z0-9._-]*"  # no leading dot: neither "." nor ".." nor a hidden file
 _KEY = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
@@ -58,6 +62,10 @@ class Store(ABC):
         """
         blobs = self._read_many([_checked(key) for key in keys], buffer or new_buffer)
         return [_opened_or_error(key, sealed) for key, sealed in zip(keys, blobs, strict=True)]
+
+    @abstractmethod
+    def tier(self, key: str) -> Tier:
+        """Where a read of ``key`` goes now, as far as can be told without one."""
 
     def put(self, key: str, data: Data) -> None:
         """Stores ``data``, replacing what was there: a reader sees the old bytes or the new, never a mixture.

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, new_buffer
+from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, Tier, new_buffer
 from kvstore.envelope import HEADER_NBYTES
 from kvstore.errors import FormatVersionError, InvalidStoreURL, StoreFull, StoreUnavailable
 from kvstore.locks import Locks
@@ -80,6 +80,9 @@ class DiskStore(Store):
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         finally:
             os.close(marker_fd)
+
+    def tier(self, key: str) -> Tier:
+        return "disk"
 
     def close(self) -> None:
         if self._lock_fd is None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvstore.base import BlobStat, Data, Sealed, Store, new_buffer
+from kvstore.base import BlobStat, Data, Sealed, Store, Tier, new_buffer
 
 
 @dataclass(slots=True)
@@ -24,6 +24,9 @@ class MemoryStore(Store):
         self._blobs: dict[str, _Blob] = {}
         self._held: dict[str, tuple[str, float]] = {}  # owner and end (monotonic) of every lock
         self._lock = threading.Lock()
+
+    def tier(self, key: str) -> Tier:
+        return "memory"
 
     def close(self) -> None:
         with self._lock:

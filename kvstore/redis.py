@@ -30,7 +30,7 @@ from redis.cluster import RedisCluster
 from redis.exceptions import MovedError, RedisClusterException
 from redis.retry import Retry
 
-from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, new_buffer
+from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, Tier, new_buffer
 from kvstore.errors import FormatVersionError, InvalidStoreURL, StoreFull, StoreUnavailable
 
 PART_NBYTES = 8 << 20
@@ -124,6 +124,9 @@ class RedisStore(Store):
                 f"{self._name} has layout version {version[:20].decode(errors='replace')}, "
                 f"this software knows version {_LAYOUT_VERSION}"
             )
+
+    def tier(self, key: str) -> Tier:
+        return "redis"
 
     def close(self) -> None:
         self._threads.shutdown()

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, new_buffer
+from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, Tier, new_buffer
 from kvstore.envelope import verify
 from kvstore.errors import CorruptBlob, FormatVersionError, StoreUnavailable
 
@@ -33,6 +33,11 @@ class TieredStore(Store):
             self._blobs.clear()
             self._nbytes = 0
         self._below.close()
+
+    def tier(self, key: str) -> Tier:
+        with self._lock:
+            kept = key in self._blobs
+        return "memory" if kept else self._below.tier(key)
 
     def _read(self, key: str) -> Sealed | None:
         return self._below._read(key)

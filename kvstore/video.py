@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compression.kv import ChunkKV
 from kvstore import codec
-from kvstore.base import NewBuffer, Store
+from kvstore.base import NewBuffer, Store, Tier
 from kvstore.errors import CorruptBlob, MissingBlob
 from kvstore.key import KVKey
 from kvstore.manifest import Manifest
@@ -74,6 +74,10 @@ class VideoStore:
         In the place of one that cannot be read stands the error that says why, so that the others still serve.
         """
         return self._read([key.low(index) for key, index in chunks], buffer)
+
+    def low_tiers(self, chunks: Sequence[tuple[KVKey, int]]) -> list[Tier]:
+        """Where :meth:`read_low_of` would find each now, without asking the medium."""
+        return [self._store.tier(key.low(index)) for key, index in chunks]
 
     def read_chunk(self, key: KVKey, index: int) -> tuple[ChunkKV, ChunkKV] | None:
         """A chunk's L-KV and H-KV, on the CPU, whether or not the video is committed; None unless all that

@@ -44,10 +44,16 @@ class Answer:
             self._ended = True
             raise self._first.error
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """All deltas, the last one with finish_reason and outcome. Raises the engine's error otherwise."""
+    async def deltas(self, silence_s: float | None = None) -> AsyncIterator[Delta | None]:
+        """All deltas, the last one with finish_reason and outcome, and None whenever none has come for ``silence_s``.
+        Raises the engine's error otherwise."""
         while not self._ended:
-            delta, self._first = self._first or await self._deltas.get(), None
+            try:
+                async with asyncio.timeout(silence_s):
+                    delta, self._first = self._first or await self._deltas.get(), None
+            except TimeoutError:
+                yield None
+                continue
             if delta.error is not None:
                 self._ended = True
                 raise delta.error
@@ -58,6 +64,8 @@ class Answer:
         """The whole text, the final delta and its outcome."""
         text = ""
         async for delta in self.deltas():
+            if delta is None:
+                continue
             text += delta.text
             if delta.outcome is not None:
                 return text, delta, delta.outcome

@@ -64,8 +64,7 @@ async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: 
         raise
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
     return sse.EventStream(
-        _events(answer, reply, with_usage=with_usage),
-        keep_alive_s=services.settings.keep_alive_s,
+        _events(answer, reply, with_usage=with_usage, keep_alive_s=services.settings.keep_alive_s),
         on_close=answer.cancel,
     )
 
@@ -96,6 +95,7 @@ def _sampling_params(body: ChatRequest, services: Services) -> SamplingParams:
         seed=body.seed,
         max_tokens=None if asked is None else min(asked, ceiling),
         stop=tuple(stop),
+        ignore_eos=bool(body.ignore_eos),
     )
 
 
@@ -156,11 +156,14 @@ async def _file_ids(body: ChatRequest, conversation: Conversation, services: Ser
     return tuple(dict.fromkeys(file_ids))  # the same bytes may have come in two ways
 
 
-async def _events(answer: Answer, reply: _Reply, *, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(answer: Answer, reply: _Reply, *, with_usage: bool, keep_alive_s: float) -> AsyncIterator[bytes]:
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     yield sse.event(reply.chunk({"role": "assistant", "content": ""}) | usage)
     try:
-        async for delta in answer.deltas():
+        async for delta in answer.deltas(keep_alive_s):
+            if delta is None:
+                yield sse.COMMENT
+                continue
             if delta.text:
                 yield sse.event(reply.chunk({"content": delta.text}) | usage)
             if delta.outcome is not None:

@@ -131,7 +131,8 @@ def delete_file(file_id: str, services: Context, tenant: Tenant) -> FileDeleted:
 async def events(file_id: str, services: Context, tenant: Tenant) -> Response:
     """The file each time it changes, until it is processed or has failed."""
     await asyncio.to_thread(_record, services, file_id, tenant)
-    return sse.EventStream(_changes(services, file_id, tenant), keep_alive_s=services.settings.keep_alive_s)
+    changes = _changes(services, file_id, tenant)
+    return sse.EventStream(sse.with_keep_alive(changes, services.settings.keep_alive_s))
 
 
 @router.get("/{file_id}/chunks")

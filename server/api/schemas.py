@@ -128,6 +128,7 @@ class ChatRequest(_Open):
     top_k: int | None = Field(None, ge=-1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
+    ignore_eos: bool | None = None  # vLLM's, for measurements
     x2l: Dials | None = None
     media_io_kwargs: MediaKwargs | None = None
 

@@ -20,7 +20,7 @@ def event(data: Any) -> bytes:
 
 
 async def with_keep_alive(events: AsyncIterator[bytes], every_s: float) -> AsyncIterator[bytes]:
-    """``events``, with a comment after every ``every_s`` seconds of silence."""
+    """``events``, with a comment after every ``every_s`` seconds of silence. It costs a task an event."""
     following: asyncio.Future[bytes] | None = None
     try:
         while True:
@@ -45,11 +45,9 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncIterator[bytes], *, keep_alive_s: float, on_close: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, events: AsyncIterator[bytes], *, on_close: Callable[[], None] = lambda: None) -> None:
         super().__init__(
-            with_keep_alive(events, keep_alive_s),
+            events,
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},  # the latter is for nginx
         )
         self._on_close = on_close

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ def add_to(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measures quality and speed.", no_args_is_help=True, rich_markup_mode=None)
     bench.command()(quality)
     bench.command()(reload)
+    bench.command()(serving)
     app.add_typer(bench, name="bench")
 
 
@@ -242,3 +244,77 @@ def reload(
         print(f"{row['tier']:7} first token: {times}")
     if not all(row["met"] for row in result["throughput"]):
         sys.exit(1)
+
+
+def serving(
+    model: Annotated[str, typer.Option(help="The model: tiny, a folder or a hub's repository.")] = "tiny",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")
+    ] = "auto",
+    minutes: Annotated[int, typer.Option(min=1, help="Length of the video of the follow-up questions.")] = 8,
+    load_minutes: Annotated[int, typer.Option(min=1, help="Length of each of the other videos.")] = 2,
+    videos: Annotated[int, typer.Option(min=1, help="Videos that are asked about at the same time.")] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, help="Questions at the same time.")] = 16,
+    batches: Annotated[str, typer.Option(metavar="LIST", help="Streams decoded together.")] = "1,32",
+    kv_tokens: Annotated[str, typer.Option(metavar="LIST", help="KV tokens of their caches.")] = "2000,18000",
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 5,
+    memory_gb: Annotated[float, typer.Option(min=1, help="Memory on which whole caches would be kept.")] = 80.0,
+    serve: Annotated[str, typer.Option(metavar="OPTIONS", help="More options of x2l serve, in one string.")] = "",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the results go as JSON.")] = None,
+) -> None:
+    """Measures servers on this machine through HTTP, beside what its memory, disk and arithmetic allow.
+
+    Follow-up questions with the detailed KVs in each tier, decoding, prefill, resident KVs, many questions at once. The
+    videos are made here; the targets of time are those of 7B models on an H100.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers and stores go
+    import httpx
+
+    from server.bench.circumstances import to_json
+    from server.bench.serving.run import Sizes, Target, run_serving
+    from server.bench.serving.table import format_table
+    from server.bench.video import ServerUnusable, VideoRefused
+    from server.cli import fail
+    from server.client import ServerError
+
+    try:
+        sizes = Sizes(
+            minutes,
+            load_minutes,
+            videos,
+            concurrency,
+            tuple(_numbers(batches)),
+            tuple(_numbers(kv_tokens)),
+            repeats,
+            memory_gb,
+        )
+        with _showing(sizes.num_steps) as tell:
+            result = run_serving(Target(model, device, dtype, serve), sizes, tell)
+    except (ValueError, ServerUnusable, VideoRefused, ServerError, httpx.HTTPError, OSError) as error:
+        fail(str(error) or type(error).__name__)
+    if out is not None:
+        out.write_text(to_json(result) + "\n")
+    print("\n".join(format_table(result["table"])))
+
+
+@contextmanager
+def _showing(num_steps: int) -> Iterator[Callable[[str, int], None]]:
+    """A function that shows what is being done and that so many steps are over: a bar, or lines where there is no
+    terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=num_steps)
+        shown = ""
+
+        def tell(text: str, steps: int) -> None:
+            nonlocal shown
+            progress.update(task, description=text, advance=steps)
+            if text != shown and not console.is_terminal:
+                console.print(text)
+            shown = text
+
+        yield tell

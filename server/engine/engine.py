@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kvstore.base import Store
+from kvstore.base import Store, Tier
 from kvstore.errors import StoreError
 from kvstore.key import KVKey
 from kvstore.resident import ResidentPool
@@ -24,7 +25,7 @@ from server.engine.caches import Caches, Copies, Shares
 from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, reply_to
 from server.engine.lane import Lane
 from server.engine.library import Library
-from server.engine.metrics import EngineMetrics
+from server.engine.metrics import EngineMetrics, PassKind
 from server.engine.options import EngineOptions
 from server.engine.question import Phase, Question
 from server.engine.reads import Reads
@@ -98,6 +99,7 @@ class Engine:
             resident_videos=lambda: len(self._pool),
             shared_low_nbytes=lambda: self._caches.nbytes,
             prefetched_nbytes=lambda: self._reloads.nbytes,
+            options=options,
             device=model.device,
         )
         self._reloads = Reloads(
@@ -269,15 +271,19 @@ class Engine:
         else:
             question.phase = Phase.RELOADING
             wanted = question.wanted()
+            tiers = self._videos.low_tiers([(video.key, index) for _, video, index in wanted])
             self._reloads.expect(question)
             self._reloads.reload(
-                wanted, lambda outcomes: self._attempt(question, partial(self._reloaded, wanted, outcomes))
+                wanted, lambda outcomes: self._attempt(question, partial(self._reloaded, wanted, tiers, outcomes))
             )
 
-    def _reloaded(self, wanted: Sequence[Wanted], outcomes: Sequence[Outcome], question: Question) -> None:
+    def _reloaded(
+        self, wanted: Sequence[Wanted], tiers: Sequence[Tier], outcomes: Sequence[Outcome], question: Question
+    ) -> None:
         """An L-KV that cannot be read is no reason to fail: the H-KV is there."""
         low: dict[int, Arrival] = {}
-        for (place, video, _), outcome in zip(wanted, outcomes, strict=True):
+        nbytes: Counter[Tier] = Counter({"device": question.held_nbytes})
+        for (place, video, _), tier, outcome in zip(wanted, tiers, outcomes, strict=True):
             try:
                 found = outcome.result()
             except StoreError as error:
@@ -285,11 +291,13 @@ class Engine:
                 continue
             if isinstance(found, Arrival):
                 low[place] = found
+                nbytes[tier if found.nbytes else "device"] += found.nbytes or found.kv.nbytes
             else:
                 _log.warning("an H-KV stands in: %s", found)
                 self.library.repair(video)
         question.reload(low)
         question.phase = Phase.PREFILL
+        self.metrics.reloaded(nbytes, question.reload_s)
 
     def _account(self, plan: Plan) -> None:
         """All the time since the last step's questions that no slice has taken is the questions'."""
@@ -298,15 +306,21 @@ class Engine:
         self._scheduler.account(plan, max(0.0, self._lap_s - last_s - prefill_s), prefill_s)
 
     def _forward(self, questions: list[Question]) -> None:
-        self.metrics.batch.observe(len(questions))
-        for question, outcome in zip(questions, draw(self._model, self._decoder, questions), strict=True):
+        kind: PassKind = "decode" if all(question.phase is Phase.DECODE for question in questions) else "prompt"
+        begin_s = time.perf_counter()
+        drawn = draw(self._model, self._decoder, questions)
+        self.metrics.passed(kind, len(questions), time.perf_counter() - begin_s)
+        for question, outcome in zip(questions, drawn, strict=True):
             if isinstance(outcome, Exception):
                 self._fail(question, reply_to(outcome))
             else:
                 self._attempt(question, partial(self._accept, outcome))
 
     def _accept(self, token: int, question: Question) -> None:
-        self._emit(question, question.accept(token))
+        before = question.num_tokens
+        delta = question.accept(token)
+        self.metrics.tokens.inc(question.num_tokens - before)
+        self._emit(question, delta)
 
     def _attempt(self, question: Question, work: Callable[[Question], None]) -> None:
         """Does one question's work, and lets its errors end that question alone."""

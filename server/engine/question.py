@@ -12,6 +12,7 @@ import torch
 from compression.chunk import Chunk
 from compression.kv import ChunkKV
 from compression.mixed import MixedCache
+from compression.segments import RotatedKV
 from compression.select import CacheSizes, Selection, select
 from kvstore.key import KVKey
 from kvstore.manifest import Manifest
@@ -91,7 +92,8 @@ class Question:
         self._degraded = False
         self._reload_nbytes = 0
         self._last_token = 0
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """Drawn so far."""
         self._max_tokens = self._room(0)
         self._lap_s = time.perf_counter()
         self._ms = {"score": 0.0, "reload": 0.0, "prefill": 0.0, "decode": 0.0}
@@ -186,6 +188,16 @@ class Question:
         file_id, chunk = self._chunks[place]
         return self.videos[file_id], chunk.index, self._sizes.low[place]
 
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of the L-KVs that :meth:`wanted` found on the device, until they are in the cache."""
+        return sum(low.nbytes for low in self._low.values() if isinstance(low, RotatedKV))
+
+    @property
+    def reload_s(self) -> float:
+        """What the re-load took, once it is done."""
+        return self._ms["reload"] / 1000
+
     def reload(self, low: Mapping[int, Arrival]) -> None:
         """Makes ready to answer: the selected chunks' L-KVs, those in ``low`` by place, which were read from the store,
         and those that were on the device already; the H-KVs of the others and of those that could not be read."""
@@ -222,14 +234,14 @@ class Question:
                 return Delta()
             self._ms["prefill"] = self._lap()
             self.phase = Phase.DECODE
-        if token in self._model.end_ids:
+        if token in self._model.end_ids and not self.request.params.ignore_eos:
             return self.finish("stop")
         self._last_token = token
-        self._num_tokens += 1
+        self.num_tokens += 1
         text = self._stops.push(self._detokenizer.push(token))
         if self._stops.met:
             return self.finish("stop", text)
-        if self._num_tokens >= self._max_tokens:
+        if self.num_tokens >= self._max_tokens:
             return self.finish("length", text)
         return Delta(text)
 
@@ -306,6 +318,6 @@ class Question:
             decode_ms=self._ms["decode"],
             reload_nbytes=self._reload_nbytes,
             prompt_tokens=mixed + self._prompt.num_tokens,
-            completion_tokens=self._num_tokens,
+            completion_tokens=self.num_tokens,
             cached_tokens=mixed,
         )

@@ -16,6 +16,7 @@ class SamplingParams:
     """How an answer is drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 leave all tokens in.
 
     ``max_tokens`` None means as many as fit the model, below the engine's ceiling. ``seed`` None draws a fresh one.
+    With ``ignore_eos`` only ``max_tokens`` and ``stop`` end it, which is for measurements.
     """
 
     temperature: float
@@ -24,6 +25,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)

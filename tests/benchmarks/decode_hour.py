@@ -23,13 +23,12 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from fractions import Fraction
 from pathlib import Path
 
 import av
-import numpy as np
 import psutil
 
+from server.bench.long_video import write_long_videos
 from server.video.reader import Sampling, VideoLimits, VideoReader
 
 WIDTH, HEIGHT, FPS, MINUTES = 1920, 1080, 30, 60
@@ -37,31 +36,7 @@ WIDTH, HEIGHT, FPS, MINUTES = 1920, 1080, 30, 60
 
 def make_hour(path: Path, width: int = WIDTH, height: int = HEIGHT, fps: int = FPS, minutes: int = MINUTES) -> None:
     """Write the hour of video to ``path`` (mp4)."""
-    generator = np.random.default_rng(0)
-    coarse = generator.integers(0, 256, (2 * height // 8, 2 * width // 8, 3), np.uint8)
-    texture = coarse.repeat(8, 0).repeat(8, 1) // 2
-    texture += generator.integers(0, 64, texture.shape, np.uint8)
-    packets: list[tuple[bytes, int, int, bool]] = []
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.gop_size = 2 * fps
-        stream.codec_context.max_b_frames = 2
-        stream.codec_context.options = {"preset": "veryfast", "crf": "26"}
-        for number in range(60 * fps):
-            top, left = (2 * number) % height, (3 * number) % width
-            picture = np.ascontiguousarray(texture[top : top + height, left : left + width])
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, fps)
-            packets += [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in stream.encode(frame)]
-        packets += [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in stream.encode(None)]
-        for minute in range(minutes):
-            for data, pts, dts, is_keyframe in packets:
-                packet = av.Packet(data)
-                packet.stream, packet.time_base = stream, Fraction(1, fps)
-                packet.pts, packet.dts = pts + minute * 60 * fps, dts + minute * 60 * fps
-                packet.duration, packet.is_keyframe = 1, is_keyframe
-                container.mux(packet)
+    write_long_videos({path: minutes}, width, height, fps)
 
 
 class PeakMemory(threading.Thread):

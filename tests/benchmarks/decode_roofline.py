@@ -27,6 +27,8 @@ from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from compression.segments import Part, RotatedKV, SharedCache
 from server.bench.circumstances import circumstances, to_json
+from server.bench.serving.hardware import measure_copy
+from server.bench.serving.model import num_step_weights
 from server.models.lm.decoder import Decoder, DecoderConfig, Window
 
 SEVEN_B = DecoderConfig(
@@ -123,8 +125,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"dtype": "bfloat16" if device.type == "cuda" else "float32"}
     dtype = getattr(torch, result["dtype"])
     model = build(config, device, dtype)
-    result["copy_gb_s"] = copy_gb_s(device, 1 << (31 if device.type == "cuda" else 24))
-    weights = weight_nbytes(model)
+    result["copy_gb_s"] = measure_copy(device, 1 << (31 if device.type == "cuda" else 24)) / 1e9
+    weights = num_step_weights(model) * dtype.itemsize
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     result["weight_nbytes_a_step"], result["kv_nbytes_a_token"] = weights, per_token
     say(f"copy {result['copy_gb_s']:.0f} GB/s, weights {weights / 1e9:.2f} GB, {per_token} bytes a KV token")
@@ -186,17 +188,6 @@ def build(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> De
     for name, parameter in model.named_parameters():
         parameter.fill_(1) if "norm" in name else parameter.normal_(std=0.02)
     return model
-
-
-def weight_nbytes(model: Decoder) -> int:
-    """What a step over text reads: everything but the embeddings (of which it reads a row each) and the VSTs' part."""
-    return sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name and "beacon" not in name)
-
-
-def copy_gb_s(device: torch.device, nbytes: int) -> float:
-    source, target = (torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
-    source.random_()
-    return 2 * nbytes / median_s(lambda: target.copy_(source), 10) / 1e9
 
 
 def shared_cache(shape: Shape, config: DecoderConfig, like: Tensor) -> SharedCache:

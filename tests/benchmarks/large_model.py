@@ -36,17 +36,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from random_checkpoint import FAMILIES, write_checkpoint
 
 from server.bench.circumstances import circumstances
+from server.bench.serving.video import QUESTIONS
 
 WIDTH, HEIGHT, FPS = 640, 360, 25
 POLL_S = 0.5
 HAS_GPU = shutil.which("nvidia-smi") is not None
-SUBJECTS = ("the red car", "the woman with the umbrella", "the dog", "the number on the door", "the blue box")
-QUESTIONS = (
-    "When is {} shown for the first time?",
-    "What happens right after {} has gone?",
-    "How often does one see {}, and where does it stand?",
-    "What is written beside {}?",
-)
 
 
 def ask_gpu(fields: str) -> str:
@@ -184,8 +178,7 @@ def ask_all(
     model = client.models.list().data[0].id
     answers: list[dict[str, Any]] = []
     for number in range(given.questions):
-        question = QUESTIONS[number % len(QUESTIONS)].format(SUBJECTS[number // len(QUESTIONS) % len(SUBJECTS)])
-        answer = ask(client, model, file_id, question, given.max_tokens, **dials)
+        answer = ask(client, model, file_id, QUESTIONS[number % len(QUESTIONS)], given.max_tokens, **dials)
         answers.append({**answer, **memory.now(), "metrics": metrics(str(client.base_url))})
         record.result[name] = {"summary": summary(answers), "answers": answers}
         write(record.result, record.out)

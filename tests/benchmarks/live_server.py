@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import httpx
 from common import Video
 from openai import OpenAI
+
+from server.bench.serving import process
+from server.bench.serving.process import Served
+from server.bench.video import ServerUnusable
 
 MODEL = "x2l-tiny"
 MAX_TOKENS = 64
 
 
-@dataclass(frozen=True)
-class Live:
+class Live(Served):
     """A running server."""
-
-    url: str
-    pid: int
-    plan: Mapping[str, str]
-    """What it said that it would do."""
 
     def client(self) -> OpenAI:
         """The stock client. It tries nothing again: a refusal is a finding."""
@@ -57,24 +50,12 @@ class Reply:
 @contextlib.contextmanager
 def serving(*options: str, log: IO[str] | None = None) -> Iterator[Live]:
     """``x2l serve`` on a free port with a disk store of its own; both are gone in the end. ``log`` gets its errors."""
-    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("X2L_")}
     with tempfile.TemporaryDirectory(prefix="x2l-benchmark-") as folder:
-        command = [sys.executable, "-m", "server", "serve", "--port", "0", "--store", f"disk:{folder}/store"]
-        with subprocess.Popen(
-            [*command, "--log-level", "warning", *options], stdout=subprocess.PIPE, stderr=log, text=True, env=kept
-        ) as process:
-            try:
-                assert process.stdout is not None
-                plan: dict[str, str] = {}
-                while "address" not in plan and (line := process.stdout.readline()):
-                    name, _, plan[name] = (part.strip() for part in line.partition(" "))
-                url = plan.pop("address", None)
-                if url is None:
-                    raise SystemExit(f"the server did not start (exit code {process.wait()})")
-                _wait_ready(url)
-                yield Live(url, process.pid, plan)
-            finally:
-                process.terminate()
+        try:
+            with process.serving("--store", f"disk:{folder}/store", *options, log=log) as served:
+                yield Live(served.url, served.pid, served.plan)
+        except ServerUnusable as error:
+            raise SystemExit(str(error)) from None
 
 
 def upload(client: OpenAI, videos: Sequence[Video]) -> dict[Path, Any]:
@@ -110,13 +91,3 @@ def request(job: Job) -> dict[str, Any]:
         content.insert(0, {"type": "file", "file": {"file_id": job.file_id}})
     body: dict[str, Any] = {"extra_body": {"x2l": dict(job.dials)}} if job.dials else {}
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS} | body
-
-
-def _wait_ready(url: str, timeout_s: float = 60.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while time.monotonic() < end_s:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready").status_code == 200:
-                return
-        time.sleep(0.1)
-    raise SystemExit("the server did not become ready")

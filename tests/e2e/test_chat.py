@@ -186,6 +186,14 @@ def test_local_files_only_below_the_allowed_folder(serve: Serve, video: Path, tm
         assert status(f"file://{tmp_path}") == 400
 
 
+def test_ignore_eos_goes_on_to_max_tokens(client: openai.OpenAI, file_id: str) -> None:
+    usual = complete(client, ask(file_id), max_tokens=40)
+    on = complete(client, ask(file_id), max_tokens=40, extra_body={"ignore_eos": True})
+    assert usual.choices[0].finish_reason == "stop" and usual.usage.completion_tokens < 40
+    assert on.choices[0].finish_reason == "length" and on.usage.completion_tokens == 40
+    assert on.choices[0].message.content.startswith(usual.choices[0].message.content)
+
+
 def test_a_client_that_goes_away_frees_its_slot(serve: Serve, video: Path) -> None:
     with serve(endless=True, max_batch=1, max_queue=1, max_tokens=3000) as live, live.client() as client:
         file = client.files.create(file=video, purpose="user_data")

@@ -41,6 +41,15 @@ def test_the_second_read_comes_from_memory(below):
     assert below.payloads == ["a", "b", "none", "none", "none"]
 
 
+def test_it_tells_where_a_read_goes(tmp_path):
+    store = open_store(f"disk:{tmp_path}", cache_nbytes=100_000)
+    store.put("a", DATA)
+    assert store.tier("a") == store.tier("none") == "disk"
+    store.get_many(["a"])
+    assert store.tier("a") == "memory" and store.tier("none") == "disk"
+    store.close()
+
+
 def test_memory_is_bounded_and_the_least_recently_used_go(below):
     store = TieredStore(below, 3 * (1000 + HEADER_NBYTES))
     for key in "abcd":

@@ -52,6 +52,6 @@ def test_on_close_is_called_even_if_nobody_listened() -> None:
     async def send(message: object) -> None:
         await asyncio.sleep(60)
 
-    response = sse.EventStream(events(), keep_alive_s=1, on_close=lambda: closed.append(True))
+    response = sse.EventStream(events(), on_close=lambda: closed.append(True))
     asyncio.run(response({"type": "http"}, receive, send))
     assert closed == [True]

@@ -347,7 +347,11 @@ def test_the_metrics_tell_what_happened(drive: Drive, four_chunks: Clip) -> None
     assert value("x2l_prefilled_chunks_total") == 4
     assert value("x2l_requests_total", {"outcome": "ok"}) == 1
     assert value("x2l_generated_tokens_total") == outcome.completion_tokens
-    assert value("x2l_reload_bytes_total") == outcome.reload_nbytes
+    assert value("x2l_reload_bytes_total", {"tier": "memory"}) == outcome.reload_nbytes > 0
+    assert value("x2l_reload_seconds_count", {"tier": "memory"}) == 1
+    passes = {kind: value("x2l_forward_seconds_count", {"kind": kind}) for kind in ("prompt", "decode")}
+    assert passes["prompt"] >= 1 and passes["decode"] in (outcome.completion_tokens - 1, outcome.completion_tokens)
+    assert value("x2l_batch_size_count") == sum(passes.values())
     assert value("x2l_requests_in_flight") == value("x2l_requests_running") == 0
     assert value("x2l_resident_videos") == 1 and value("x2l_resident_bytes") > 0
     assert value("x2l_score_seconds_count") == 1

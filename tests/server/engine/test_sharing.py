@@ -65,6 +65,10 @@ def test_low_kvs_stay_on_the_device_up_to_a_budget(drive: Drive, four_chunks: Cl
     chunk = [driver.ask(record, dial=Dial(chunks=(index,))).outcome.reload_nbytes for index in range(4)]
     assert min(chunk) > 0
     assert driver.ask(record, dial=Dial(mode="low")).outcome.reload_nbytes == 0
+    value = driver.engine.metrics.registry.get_sample_value
+    assert value("x2l_reload_bytes_total", {"tier": "memory"}) == sum(chunk)
+    assert value("x2l_reload_bytes_total", {"tier": "device"}) == sum(chunk)
+    assert [value("x2l_reload_seconds_count", {"tier": tier}) for tier in ("memory", "device")] == [4, 1]
     key = driver.engine.library.video(record.id, "").key
     for index in range(4):
         store.delete(key.low(index))

@@ -1,0 +1,144 @@
+"""Tokens a second of a fixed number of streams, and what of the time is not the model's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from server.bench.serving.asker import Answer, Ask, Asker
+from server.bench.serving.floor import Floor
+from server.bench.serving.process import Served
+from server.bench.serving.video import QUESTIONS, UploadedVideo
+from server.client import ServerError
+
+_BASE_TOKENS, _TOKENS_A_ROW = 192, 4
+"""Of an answer: the first streams run on while the last ones are scored and read."""
+_LEAST_SHARE = 0.7
+"""Of the window's passes that must have had all rows, for it to count."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What happened between two looks at ``/metrics``, both while all streams were decoding."""
+
+    wall_s: float
+    forward_s: float
+    http_cpu_s: float
+    passes: float
+    tokens: float
+
+
+def most_tokens(batch: int) -> int:
+    """Of an answer where so many streams run."""
+    return _BASE_TOKENS + _TOKENS_A_ROW * batch
+
+
+def measure_decode(
+    served: Served,
+    asker: Asker,
+    videos: Sequence[UploadedVideo],
+    batch: int,
+    kv_tokens: int,
+    repeats: int,
+    floor: Floor,
+    tick: Callable[[], None],
+) -> dict[str, Any]:
+    """One row: ``batch`` streams over mixed caches of about ``kv_tokens`` each, or as many as a video has, their videos
+    in turn, greedy. The tokens are counted from when all have their first until one is nearly done, as the server
+    counts them (``x2l_generated_tokens``).
+
+    ``engine_ms_per_token`` is the window's wall time, less that of the forward passes with their draws
+    (``x2l_forward_seconds``), over its tokens: scheduling, detokenizing, stop strings, metrics, waiting for the
+    interpreter. ``http_ms_per_token`` is the CPU time of the thread behind HTTP, also what of it ran beside a pass. So
+    their sum may count a moment twice, but leaves nothing out.
+    """
+    enough = [video for video in videos if video.low_tokens >= kv_tokens]
+    picked = enough or [max(videos, key=lambda video: video.low_tokens)]
+    asks = [_ask(picked[place % len(picked)], place, kv_tokens, most_tokens(batch)) for place in range(batch)]
+    windows: list[Window] = []
+    answers: list[Answer] = []
+    for _ in range(repeats):
+        window, answers = _run(served, asker, asks)
+        windows.append(window)
+        tick()
+    return summarize(windows, batch, sum(answer.x2l["kv_tokens"]["mixed"] for answer in answers), floor)
+
+
+def summarize(windows: Sequence[Window], batch: int, kv_tokens: int, floor: Floor) -> dict[str, Any]:
+    """Medians of several windows, in which all caches together had ``kv_tokens``."""
+
+    def middle(figure: Callable[[Window], float], digits: int) -> float:
+        return round(median(map(figure, windows)), digits)
+
+    row: dict[str, Any] = {
+        "batch": batch,
+        "kv_tokens": round(kv_tokens / batch),
+        "rows_in_a_pass": middle(lambda one: one.tokens / one.passes, 2),
+        "tokens_per_s": middle(lambda one: one.tokens / one.wall_s, 1),
+        "step_ms": middle(lambda one: 1000 * one.wall_s / one.passes, 3),
+        "forward_ms": middle(lambda one: 1000 * one.forward_s / one.passes, 3),
+        "engine_ms_per_token": middle(lambda one: 1000 * (one.wall_s - one.forward_s) / one.tokens, 4),
+        "http_ms_per_token": middle(lambda one: 1000 * one.http_cpu_s / one.tokens, 4),
+        "overhead_ms_per_token": middle(
+            lambda one: 1000 * (one.wall_s - one.forward_s + one.http_cpu_s) / one.tokens, 4
+        ),
+        "floor_ms": round(1000 * floor.step_s(kv_tokens), 3),
+    }
+    row["full"] = row["rows_in_a_pass"] >= _LEAST_SHARE * batch
+    row["of_floor"] = round(row["floor_ms"] / row["step_ms"], 3)
+    return row
+
+
+def _ask(video: UploadedVideo, number: int, kv_tokens: int, max_tokens: int) -> Ask:
+    budget = {"budget_tokens": max(kv_tokens, video.high_tokens)}
+    dial: Mapping[str, Any] = budget if kv_tokens < video.low_tokens else {"mode": "low"}
+    return Ask(video.file_id, QUESTIONS[number % len(QUESTIONS)], max_tokens, dial)
+
+
+def _run(served: Served, asker: Asker, asks: Sequence[Ask]) -> tuple[Window, list[Answer]]:
+    changed = threading.Condition()
+    events = [0] * len(asks)
+    last = asks[0].max_tokens * 3 // 4
+
+    def stream(place: int) -> Answer:
+        def on_event() -> None:
+            events[place] += 1
+            if events[place] in (1, last):  # not at every token: this process must not be what is measured
+                with changed:
+                    changed.notify()
+
+        return asker.ask(asks[place], on_event)
+
+    def wait(reached: Callable[[], bool]) -> None:
+        with changed:
+            while not (reached() or any(future.done() for future in futures)):
+                changed.wait(0.05)
+
+    def look() -> tuple[float, float, Mapping[str, float]]:
+        return time.perf_counter(), served.http_cpu_s, asker.counts()
+
+    futures: list[Future[Answer]] = []
+    pool = ThreadPoolExecutor(len(asks))
+    try:
+        futures += [pool.submit(stream, place) for place in range(len(asks))]
+        wait(lambda: all(events))
+        begin_s, begin_cpu_s, before = look()
+        wait(lambda: max(events) >= last)
+        end_s, end_cpu_s, after = look()
+        answers = [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    def grown(name: str) -> float:
+        return sum(value - before.get(key, 0.0) for key, value in after.items() if key.startswith(name))
+
+    passes, tokens = grown("x2l_forward_seconds_count"), grown("x2l_generated_tokens_total")
+    if not passes or not tokens:
+        raise ServerError(f"{len(asks)} streams were never all decoding: their answers are too short")
+    window = Window(end_s - begin_s, grown("x2l_forward_seconds_sum"), end_cpu_s - begin_cpu_s, passes, tokens)
+    return window, answers

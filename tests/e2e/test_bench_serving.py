@@ -1,0 +1,50 @@
+"""``x2l bench serving`` at its smallest, against servers of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from server.bench.serving import run
+from server.cli import app as x2l
+
+
+def test_it_measures_every_row_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_FPS", 5)  # quicker to make
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the servers: tests share the cores
+    arguments = ["--minutes", "2", "--load-minutes", "1", "--videos", "1", "--concurrency", "2", "--repeats", "1"]
+    arguments += ["--batches", "1,2", "--kv-tokens", "100", "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    ran = CliRunner().invoke(x2l, ["bench", "serving", *arguments])
+    assert ran.exit_code == 0, ran.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert {"command", "cpu", "versions", "model_sha256", "paces", "disk_gb_s", "sizes", "plan"} <= set(result)
+    follow_up = {row["tier"]: row for row in result["follow_up"]}
+    assert set(follow_up) == {"memory", "disk"}
+    for tier, row in follow_up.items():
+        assert row["from_tier"] == 1.0, tier  # each question has read its L-KVs from there
+        assert row["reload_bytes"] > 0 and row["whole_low_chunks"] == [4, 4]
+    assert [(row["batch"], row["full"]) for row in result["decode"]] == [(1, True), (2, True)]
+    assert all(100 >= row["kv_tokens"] > 50 for row in result["decode"])
+    assert result["load"]["failures"] == 0
+    assert 0.9 < result["resident"]["over_floor"] < 3  # the prefix of so short a video counts
+    assert "full-KV prefix caching" in ran.stdout and len(ran.stdout.splitlines()) == len(result["table"]) + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", "x"], "not a list of numbers"),
+        (["--batches", ""], "numbers from 1 on"),
+        (["--videos", "99"], "at most 29 videos"),
+        (["--minutes", "0"], "minutes"),
+    ],
+)
+def test_bad_sizes_are_one_line(arguments: list[str], message: str) -> None:
+    ran = CliRunner().invoke(x2l, ["bench", "serving", *arguments])
+    assert ran.exit_code in (1, 2)
+    assert message in " ".join(ran.stderr.split())

@@ -1,0 +1,52 @@
+"""What ``/metrics`` tells of questions and uploads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import openai
+from live import MODEL, Serve, ask
+from prometheus_client.parser import text_string_to_metric_families
+
+
+def read(url: str) -> dict[str, float]:
+    """Values by name, with the labels' values behind it."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    samples = [sample for family in families for sample in family.samples if "le" not in sample.labels]
+    return {" ".join([sample.name, *sample.labels.values()]): sample.value for sample in samples}
+
+
+def test_everything_that_was_done_is_counted(serve: Serve, video: Path, tmp_path: Path) -> None:
+    with serve(store=f"disk:{tmp_path}/store", store_cache_bytes=10**9) as live, live.client() as client:
+        idle = read(live.url)
+        file = client.files.create(file=video, purpose="user_data")
+        file = client.files.wait_for_processing(file.id, poll_interval=0.1)
+        ready = read(live.url)
+        assert ready["x2l_prefilled_chunks_total"] == ready["x2l_prefill_chunk_seconds_count"] == 3
+        assert ready["x2l_prefill_chunk_seconds_sum"] > 0
+        assert ready["x2l_resident_videos"] == 1 and idle["x2l_resident_bytes"] == 0
+        assert file.video["bytes"]["high"] < ready["x2l_resident_bytes"] < ready["x2l_resident_budget_bytes"]
+
+        cold, warm = (question(client, file.id) for _ in range(2))
+        after = read(live.url)
+    assert cold.x2l["reload_bytes"] == warm.x2l["reload_bytes"] > 0
+    for tier, answer in (("disk", cold), ("memory", warm)):  # the second reads what the first has left in memory
+        assert after[f"x2l_reload_bytes_total {tier}"] == answer.x2l["reload_bytes"]
+        assert after[f"x2l_reload_seconds_count {tier}"] == 1
+        assert after[f"x2l_reload_seconds_sum {tier}"] > 0
+    tokens = sum(answer.usage.completion_tokens for answer in (cold, warm))
+    assert after["x2l_generated_tokens_total"] == tokens
+    assert after["x2l_requests_total ok"] == 2 and after["x2l_degraded_total"] == 0
+    for phase in ("score", "prefill", "decode"):
+        assert after[f"x2l_{phase}_seconds_count"] == 2
+        assert after[f"x2l_{phase}_seconds_sum"] > 0
+    passes = [after[f"x2l_forward_seconds_count {kind}"] for kind in ("prompt", "decode")]
+    assert min(passes) >= 2
+    assert after["x2l_batch_size_count"] == after["x2l_batch_size_sum"] == sum(passes)  # one at a time
+    for gauge in ("x2l_requests_in_flight", "x2l_requests_running", "x2l_requests_waiting"):
+        assert after[gauge] == 0
+
+
+def question(client: openai.OpenAI, file_id: str) -> openai.types.chat.ChatCompletion:
+    return client.chat.completions.create(model=MODEL, messages=ask(file_id), extra_body={"x2l": {"chunks": [0, 2]}})
