@@ -273,7 +273,8 @@ def test_a_pickle_never_runs_code(tmp_path: Path) -> None:
 def test_other_architectures_are_refused_with_a_list(tmp_path: Path) -> None:
     other = {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
     (tmp_path / "config.json").write_text(json.dumps(other))
-    with pytest.raises(UnknownModelError, match=r"Mamba.*supported are 'tiny'.*Video-XL.*qwen2_5_vl.*server/models/families"):
+    said = r"Mamba.*supported are 'tiny'.*Video-XL.*qwen2_5_vl.*server/models/families"
+    with pytest.raises(UnknownModelError, match=said):
         load(tmp_path)
 
 
