@@ -22,9 +22,10 @@ from server.video.reader import VideoReader
 @pytest.fixture(autouse=True)
 def unharmed(live: Live, client: openai.OpenAI, file_id: str) -> Iterator[None]:
     """After each test the server answers as before, and nothing is left on its way in."""
+    before = [file.id for file in client.files.list()]
     yield
     assert client.chat.completions.create(model=MODEL, messages=ask(file_id), max_tokens=1).choices
-    assert [file.id for file in client.files.list()] == [file_id]
+    assert [file.id for file in client.files.list()] == before
 
 
 def refusal(reply: httpx.Response, status: int) -> dict[str, Any]:
