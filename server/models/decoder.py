@@ -225,7 +225,7 @@ class LanguageModel(nn.Module, ABC):
         return whole(self.slices(windows, num_layers))
 
     def slices(self, windows: list[Window], num_layers: int | None = None) -> Slices[tuple[Tensor, list[QKV]]]:
-        """:meth:`forward` with pauses between layers and amid them. Meanwhile nobody else may use the windows' caches."""
+        """:meth:`forward` with pauses between layers and amid them. Meanwhile nobody may use the windows' caches."""
         sizes = [len(window.embeddings) for window in windows]
         x = torch.cat([window.embeddings for window in windows])
         positions = _places(windows, sizes, x.device)
