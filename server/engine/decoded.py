@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compression.chunk import Chunk
 from server.models.base import VideoModel
-from server.models.transfer import pinned
+from server.models.device import pinned
 from server.video.frames import Frames
 
 THUMBNAIL_WIDTH = 320

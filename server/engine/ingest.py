@@ -24,8 +24,8 @@ from kvstore.resident import HighKV
 from kvstore.video import VideoStore
 from server.engine.decoded import Decoded, collect
 from server.models.base import Prefill, VideoModel
+from server.models.device import asked_so_far, pinned, to_device, to_host
 from server.models.slices import Slices
-from server.models.transfer import asked_so_far, pinned, to_device, to_host
 from server.video.errors import VideoCancelled, VideoTooLarge
 from server.video.reader import Sampling, VideoInfo, VideoLimits, VideoReader
 

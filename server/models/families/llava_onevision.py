@@ -14,12 +14,12 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.image_utils import ChannelDimension
 
 from server.models import chatml
+from server.models.device import to_device
 from server.models.families.decoder import read_rope
 from server.models.families.folder import TransformersFolder
 from server.models.families.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
 from server.models.families.patches import read_preprocessing, resize
 from server.models.slices import Slices, through
-from server.models.transfer import to_device
 from server.video.frames import Frames
 
 _PREFIX = "<|im_start|>user "

@@ -19,11 +19,11 @@ from compression.kv import ChunkKV
 from compression.methods import COMPRESSORS
 from compression.score import Scorer
 from server.models.base import ModelSpec, PositionLimitError
+from server.models.device import indices, to_device
 from server.models.lm.decoder import LanguageModel, Window
 from server.models.lm.decoder_model import DecoderModel, PromptConfig, stack
 from server.models.memory import CHEAPER, Memory, Past, longest_videos, room_to_ask
 from server.models.slices import Slices, whole
-from server.models.transfer import indices, to_device
 from server.video.frames import Frames
 
 _MOST_FRAMES = 10_000_000

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from server.models.device import to_device
 from server.models.families.one_pass import Layout, VisualTokens
 from server.models.families.packed_attention import PackedAttention
 from server.models.hub import read_json
 from server.models.slices import Slices, through, whole
 from server.models.tensors import CheckpointError
-from server.models.transfer import to_device
 from server.video.errors import VideoUnsupported
 from server.video.frames import Frames
 

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from compression.cache import KVCache
 from compression.rope import Rope
+from server.models.device import indices
 from server.models.lm.segment_attention import attention_over
 from server.models.slices import Slices, whole
-from server.models.transfer import indices
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -225,7 +225,7 @@ class LanguageModel(nn.Module, ABC):
         return whole(self.slices(windows, num_layers))
 
     def slices(self, windows: list[Window], num_layers: int | None = None) -> Slices[tuple[Tensor, list[QKV]]]:
-        """:meth:`forward` with pauses between layers and amid them. Nobody else may use the caches meanwhile."""
+        """:meth:`forward` with pauses between layers and amid them. Meanwhile nobody may use the windows' caches."""
         sizes = [len(window.embeddings) for window in windows]
         x = torch.cat([window.embeddings for window in windows])
         positions = _places(windows, sizes, x.device)

@@ -17,9 +17,9 @@ from compression.kv import ChunkKV, Level
 from compression.mixed import MixedCache
 from compression.score import QueryTrace, Scorer
 from server.models.base import ModelSpec, Row, StepDecoder, Turn, VideoModel
+from server.models.device import indices
 from server.models.fingerprint import fingerprint
 from server.models.lm.decoder import QKV, LanguageModel, Window
-from server.models.transfer import indices
 
 _log = logging.getLogger(__name__)
 

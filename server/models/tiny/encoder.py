@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from server.models.device import to_device
 from server.models.lm.decoder import RMSNorm
 from server.models.slices import Slices, whole
 from server.models.tiny.preprocess import resize
-from server.models.transfer import to_device
 from server.video.frames import Frames
 
 EPS = 1e-6

@@ -12,9 +12,9 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from server.models.device import to_device
 from server.models.families.patches import resize
 from server.models.slices import Slices, through, whole
-from server.models.transfer import to_device
 from server.video.frames import Frames
 
 CLIP_L_14_336: dict[str, Any] = {

@@ -12,6 +12,7 @@ from compression.score import AttentionScorer
 from server.models.base import ModelSpec, Row
 from server.models.lm.decoder import Decoder, DecoderConfig
 from server.models.lm.decoder_model import PromptConfig
+from server.models.slices import whole
 from server.models.tiny.packed import Layout, Shape, Tables, embed, packed_layer
 from server.models.videoxl.model import CompressionConfig, VideoXL
 
@@ -79,7 +80,7 @@ def test_mixed_ratios_and_blind_rows() -> None:
     prefill = net.prefill()
     kept = []
     for chunk, ratio in zip(visual.split(16), (2, 1, 8), strict=True):
-        kept.append(prefill._compress(prefill._low, chunk, ratio, "low"))
+        kept.append(whole(prefill._compress(prefill._low, chunk, ratio, "low")))
         prefill._low.memory.cache.append(kept[-1])
     for row in range(2):
         alone = net.forward([Row(rows[row], MixedCache(net.prefix(), kept, net.rope, room=5))])[0]
