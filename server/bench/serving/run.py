@@ -101,7 +101,7 @@ def run_serving(target: Target, sizes: Sizes, tell: Tell) -> dict[str, Any]:
         result |= facts
         servers = _Servers(target, sizes, folder / "store", stack.enter_context((folder / "log").open("w")))
         with servers.serve() as (served, asker):
-            result["plan"] = dict(served.plan)
+            result["plan"] = {name: text for name, text in served.plan.items() if name != "store"}  # a temporary one
             tell("prefill", 0)
             videos = [upload(asker, long)]
             result["prefill"] = _prefill(videos[0], facts["prefill_parts"])
