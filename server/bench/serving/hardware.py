@@ -15,7 +15,7 @@ from kvstore.base import new_buffer
 
 _REPEATS = 9
 _COPY_NBYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
-_MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
+_MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 @dataclass(frozen=True)
