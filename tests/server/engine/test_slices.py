@@ -111,7 +111,7 @@ def test_two_prefills_and_questions_in_between_change_nothing(
     alone = [begin(model, clip) for clip in (four_chunks, two_chunks)]
     for steps in alone:
         steps.take()
-    driver = drive(prefill_share=0.2)
+    driver = drive(prefill_share=0.2, max_tokens=20_000)
     short = driver.upload(two_chunks)
     answer = driver.start(short, max_tokens=20_000)
     long = driver.upload(four_chunks)
@@ -199,7 +199,7 @@ def test_the_others_go_on_when_a_chunk_is_given_up(
         assert released.wait(60)
 
     watched = Watched(model, 40.0, give_up)  # only one of the clips is that long
-    driver = drive(model=model, max_concurrent_prefills=2)
+    driver = drive(model=model, max_concurrent_prefills=2, max_tokens=20_000)
     short = driver.upload(two_chunks)
     answer = driver.start(short, max_tokens=20_000)
     lost = driver.upload(long_clip, wait=False)
