@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from server.bench.serving.floor import Floor
 from server.bench.serving.hardware import Paces, describe_gpu, measure_paces, synchronize
 from server.models.base import VideoModel
-from server.models.lm.decoder import LanguageModel, Window
+from server.models.lm.decoder import QKV, LanguageModel, Window
 from server.models.lm.decoder_model import DecoderModel
 from server.models.registry import load_model
+from server.models.slices import Slices
 from server.video.reader import Sampling, VideoLimits, VideoReader
 
 NUM_CHUNKS = 8
@@ -68,11 +69,15 @@ def measure_model(video: Path, repeats: int, tick: Callable[[], None], **setting
 def num_step_weights(decoder: LanguageModel) -> int:
     """Weights that a step over text reads, once each. Of the embeddings it reads a row a token, which is nothing, and
     of the summary tokens' own projections nothing."""
-    return _num_layer_weights(decoder) + sum(p.numel() for p in decoder.norm.parameters()) + decoder.head_weight.numel()
+    return (
+        _num_layer_weights(decoder.layers)
+        + sum(p.numel() for p in decoder.norm.parameters())
+        + decoder.head_weight.numel()
+    )
 
 
-def _num_layer_weights(decoder: LanguageModel) -> int:
-    return sum(p.numel() for name, p in decoder.layers.named_parameters() if "beacon" not in name)
+def _num_layer_weights(layers: nn.Module) -> int:
+    return sum(p.numel() for name, p in layers.named_parameters() if "beacon" not in name)
 
 
 def _decode(model: VideoModel, video: Path) -> tuple[float, list[_Chunk]]:
@@ -155,22 +160,28 @@ def _prefill(model: DecoderModel, chunks: list[_Chunk], repeats: int) -> Parts:
 
 @contextmanager
 def counted(decoder: LanguageModel, width: int) -> Iterator[list[int]]:
-    """Adds up the operations of all passes of ``decoder`` meanwhile, at the one place of the list: those of the layers'
-    matrices, and of attention over all KV tokens before each token and up to it. ``width`` is that of all heads."""
+    """Adds up the operations of all prefills by ``decoder`` meanwhile, at the one place of the list: those of the
+    layers' matrices, and of attention over all KV tokens before each token and up to it. ``width`` is that of all
+    heads. Of the last layer a prefill needs the projections alone."""
     flops = [0]
-    linear = 2 * _num_layer_weights(decoder)
+    num_whole = len(decoder.layers) - 1
+    names = ("q_proj", "k_proj", "v_proj")
+    projections = [p for name, p in decoder.layers[-1].named_parameters() if name.split(".")[-2] in names]
+    linear = 2 * (_num_layer_weights(decoder.layers[:-1]) + sum(p.numel() for p in projections))
+    run = decoder.slices
 
-    def add(_: object, args: tuple[list[Window]]) -> None:
-        for window in args[0]:
+    def add(windows: list[Window]) -> Slices[list[QKV]]:
+        for window in windows:
             new, past = len(window.embeddings), window.cache.length
             seen = new * past + new * (new + 1) // 2
-            flops[0] += linear * new + 4 * len(decoder.layers) * width * seen
+            flops[0] += linear * new + 4 * num_whole * width * seen
+        return run(windows)
 
-    hook = decoder.register_forward_pre_hook(add)
+    decoder.slices = add  # type: ignore[method-assign,assignment]
     try:
         yield flops
     finally:
-        hook.remove()
+        del decoder.slices
 
 
 def _now_s(device: torch.device) -> float:

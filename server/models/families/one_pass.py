@@ -249,7 +249,7 @@ class OnePassPrefill:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
-        _, projected = yield from model.decoder.slices([window])
+        projected = yield from model.decoder.slices([window])
         kv = stack(projected, None, "low", 1)
         positions = to_device(positions, model.device)
         if layout.positions is not None:

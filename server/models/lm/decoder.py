@@ -214,18 +214,27 @@ class LanguageModel(nn.Module, ABC):
         """Hidden states ``[..., hidden]`` -> float32 ``[..., vocab]``."""
         return functional.linear(self.norm(x), self.head_weight).float()
 
-    def forward(self, windows: list[Window], num_layers: int | None = None) -> tuple[Tensor, list[QKV]]:
+    def forward(self, windows: list[Window]) -> tuple[Tensor, list[QKV]]:
         """Runs all windows together, each over its own cache, causally.
 
         Keys and values are written behind every cache (room is reserved here) but the caches do not advance: the
         caller decides what stays. Returns the hidden states of all windows' tokens ``[tokens, hidden]``, one window
         behind the other, and every layer's queries, keys and values ``[heads, tokens, head_dim]`` before RoPE.
-        ``num_layers`` stops early; the hidden states are then those behind that layer.
         """
-        return whole(self.slices(windows, num_layers))
+        return whole(self._run(windows, len(self.layers)))
 
-    def slices(self, windows: list[Window], num_layers: int | None = None) -> Slices[tuple[Tensor, list[QKV]]]:
-        """:meth:`forward` with pauses between layers and amid them. Meanwhile nobody may use the windows' caches."""
+    def slices(self, windows: list[Window], num_layers: int | None = None) -> Slices[list[QKV]]:
+        """Queries, keys and values alone, of all layers or of the first few, with pauses between layers and amid them.
+
+        Nothing is computed behind the last one's projections, and its keys and values are written nowhere. Meanwhile
+        nobody may use the windows' caches.
+        """
+        num_whole = len(self.layers[:num_layers]) - 1
+        _, projected = yield from self._run(windows, num_whole)
+        return projected
+
+    def _run(self, windows: list[Window], num_whole: int) -> Slices[tuple[Tensor, list[QKV]]]:
+        """So many whole layers, and the projections of one more where there is one."""
         sizes = [len(window.embeddings) for window in windows]
         x = torch.cat([window.embeddings for window in windows])
         positions = _places(windows, sizes, x.device)
@@ -239,12 +248,14 @@ class LanguageModel(nn.Module, ABC):
         for window, size in zip(windows, sizes, strict=True):
             window.cache.reserve(size)
         projected: list[QKV] = []
-        for index, module in enumerate(self.layers[:num_layers]):
+        for index, module in enumerate(self.layers[: num_whole + 1]):
             if index:
                 yield
             layer = cast(LayerLike, module)
             q, k, v = layer.project(x, places)
             projected.append((q, k, v))
+            if index == num_whole:
+                break
             rotated, k = self.rope.rotate(q, cos, sin), self.rope.rotate(k, cos, sin)
             rows = zip(seeing, *(torch.split(part, sizes, 1) for part in (q, rotated, k, v)), strict=True)
             attended = [see(index, *parts) for see, *parts in rows]

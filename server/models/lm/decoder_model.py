@@ -20,6 +20,7 @@ from server.models.base import ModelSpec, Row, StepDecoder, Turn, VideoModel
 from server.models.device import indices
 from server.models.fingerprint import fingerprint
 from server.models.lm.decoder import QKV, LanguageModel, Window
+from server.models.slices import whole
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class DecoderModel(VideoModel):
         if self._prefix is None:
             ids = torch.tensor(self.prompt.prefix_ids, device=self.device)
             empty = KVCache(self.no_tokens(), self.rope, capacity=len(ids))
-            _, projected = self.decoder([Window(self.decoder.embed_tokens(ids), empty)])
+            projected = whole(self.decoder.slices([Window(self.decoder.embed_tokens(ids), empty)]))
             self._prefix = stack(projected, None, "prefix", 1)
         return self._prefix
 
@@ -109,7 +110,7 @@ class DecoderModel(VideoModel):
     @torch.inference_mode()
     def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:
         window = Window(self.decoder.embed_tokens(ids), cache)
-        _, projected = self.decoder([window], self.scorer.num_layers)
+        projected = whole(self.decoder.slices([window], self.scorer.num_layers))
         return QueryTrace(torch.stack([queries for queries, _, _ in projected]), cache.next_position)
 
     def no_tokens(self) -> ChunkKV:

@@ -184,7 +184,7 @@ class VideoXLPrefill:
             raise PositionLimitError(
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
-        _, projected = yield from model.decoder.slices([Window(window, state.memory.cache, is_vst)])
+        projected = yield from model.decoder.slices([Window(window, state.memory.cache, is_vst)])
         return stack(projected, is_vst, level, ratio)
 
 

@@ -9,6 +9,7 @@ from server.bench.serving.floor import Floor
 from server.bench.serving.hardware import Paces, drop_pages, measure_copy, measure_disk
 from server.bench.serving.model import Parts, counted, num_step_weights
 from server.models.lm.decoder import Decoder, DecoderConfig, Window
+from server.models.slices import whole
 
 FLOOR = Floor(Paces(copy=1000.0, to_device=100.0, matmul=1e6), weight_nbytes=500, token_nbytes=10)
 CONFIG = DecoderConfig(
@@ -46,17 +47,20 @@ def test_a_step_reads_every_weight_but_embeddings_and_those_of_summary_tokens(ti
     assert num_step_weights(decoder) == 2 * layer + 8 + 11 * 8
 
 
-def test_operations_of_a_pass_are_those_of_its_matrices_and_of_what_its_tokens_see():
+def test_operations_of_a_prefill_are_those_of_its_matrices_and_of_what_its_tokens_see():
     decoder = Decoder(CONFIG)
     past = torch.randn(2, 1, 5, 4)
     cache = KVCache(ChunkKV(past, past, "prefix", 1), decoder.rope, capacity=16)
     cache.append(ChunkKV(past, past, "prefix", 1))
-    weights = num_step_weights(decoder) - 8 - 11 * 8
+    projections = (8 * 8 + 8) + 2 * (8 * 4 + 4)
+    first_layer = projections + 8 * 8 + 3 * 8 * 12 + 2 * 8
+    expected = 2 * (first_layer + projections) * 3 + 4 * 8 * (6 + 7 + 8)
+    windows = [Window(torch.randn(3, 8), cache)]
     with torch.inference_mode(), counted(decoder, 8) as flops:
-        decoder([Window(torch.randn(3, 8), cache)])
-    assert flops[0] == 2 * weights * 3 + 4 * 2 * 8 * (6 + 7 + 8)
-    decoder([Window(torch.randn(3, 8), cache)])
-    assert flops[0] == 2 * weights * 3 + 4 * 2 * 8 * (6 + 7 + 8)  # it no longer counts
+        whole(decoder.slices(windows))
+    assert flops[0] == expected
+    whole(decoder.slices(windows))
+    assert flops[0] == expected  # it no longer counts
 
 
 def test_parts_of_prefill_are_shares_of_a_matrix_product():
