@@ -7,8 +7,16 @@ import torch
 
 from compression.cache import KVCache
 from server.models.lm.decoder import Window
+from server.models.registry import load_model
 from server.models.slices import whole
 from server.models.videoxl.model import VideoXL
+
+
+@pytest.fixture(scope="module")
+def tiny() -> VideoXL:
+    model = load_model("tiny", device="cpu", dtype="float32")
+    assert isinstance(model, VideoXL)
+    return model
 
 
 @pytest.mark.parametrize("num_layers", [None, 1, 3])
