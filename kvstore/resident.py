@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
+from torch import Tensor
 
 from compression.kv import ChunkKV
 from compression.segments import RotatedKV
@@ -27,9 +27,9 @@ class HighKV:
     def nbytes(self) -> int:
         return self.prefix.nbytes + sum(chunk.nbytes for chunk in self.chunks)
 
-    def to(self, device: torch.device | str) -> HighKV:
-        """The same on ``device``; shared where it is there already."""
-        return HighKV(self.prefix.to(device), tuple(chunk.to(device) for chunk in self.chunks))
+    def brought(self, bring: Callable[[Tensor], Tensor]) -> HighKV:
+        """The same where ``bring`` takes tensors."""
+        return HighKV(self.prefix.brought(bring), tuple(chunk.brought(bring) for chunk in self.chunks))
 
 
 Kept = HighKV | RotatedKV

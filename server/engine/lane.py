@@ -60,8 +60,7 @@ class Lane:
 
     def collect(self) -> float:
         """The seconds of the slices that have ended since the last call. Does not wait."""
-        while self._pending and self._take(wait=False):
-            pass
+        self._take_ended()
         took_s, self._took_s = self._took_s, 0.0
         return took_s
 
@@ -81,6 +80,11 @@ class Lane:
         chunk.num_run += 1
         if not ingest.within_chunk:
             self._chunk = _Chunk()
+        self._take_ended()
+
+    def _take_ended(self) -> None:
+        while self._pending and self._take(wait=False):
+            pass
 
     def _take(self, *, wait: bool) -> bool:
         """Takes the first of those pending, if it has ended."""

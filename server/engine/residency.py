@@ -20,6 +20,7 @@ from server.engine.options import EngineOptions
 from server.engine.question import Phase, Question
 from server.engine.reads import Reads
 from server.engine.video import Video
+from server.models.device import pinned, to_device
 
 _log = logging.getLogger(__name__)
 _Ready = tuple[str, Video, Manifest]  # a file's id, what it holds, and what was promised of that
@@ -127,11 +128,13 @@ class Residency:
             self._library.note_use(file_id)
 
     def _read_high(self, keys: Sequence[KVKey]) -> list[HighKV | None]:
-        """On a reading thread: None in the place of what is gone or damaged."""
+        """On a reading thread, into memory that a GPU copies from by itself: None in the place of what is gone or
+        damaged."""
         found: list[HighKV | None] = []
         for key in keys:
             try:
-                found.append(self._kvs.read_high(key))
+                high = self._kvs.read_high(key)
+                found.append(high and high.brought(partial(pinned, device=self._device)))
             except DamagedVideo as error:
                 _log.warning("a video is damaged: %s", error)
                 found.append(None)
@@ -155,7 +158,8 @@ class Residency:
         self.find(question)  # they may have been deleted while they were read
         keys = [video.key for video in question.videos.values()]
         try:
-            on_device = {key: high.to(self._device) for key, high in loaded.items()}
+            bring = partial(to_device, device=self._device)
+            on_device = {key: high.brought(bring) for key, high in loaded.items()}
             leases = self._pool.lease_all(keys, on_device)
         except PoolFull:
             self._queue.append((question, partial(self._reside, loaded)))

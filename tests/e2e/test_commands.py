@@ -124,9 +124,7 @@ from server.app import open_backend
 from server.serving import Server
 from server.config import load_settings
 
-settings = load_settings(
-    port=sys.argv[1], store="memory://", drain_s=sys.argv[2], max_tokens=100_000, log_level="warning"
-)
+settings = load_settings(port=sys.argv[1], store="memory://", drain_s=sys.argv[2], max_tokens=20_000)
 backend = open_backend(settings)
 assert "torch._dynamo" not in sys.modules, "a start loads torch's compiler, which takes seconds"
 backend.model.end_ids = frozenset()  # an answer runs to max_tokens
@@ -200,7 +198,7 @@ def test_sigterm_lets_streams_finish_and_then_stops(video: Path, unused_port: in
 
 def test_a_second_signal_stops_at_once(video: Path, unused_port: int) -> None:
     with started(unused_port, "-c", ENDLESS, str(unused_port), "600") as (process, url):
-        with stream_of(url, video, max_tokens=100_000) as lines:
+        with stream_of(url, video, max_tokens=20_000) as lines:
             process.send_signal(signal.SIGINT)
             time.sleep(0.3)
             assert process.poll() is None

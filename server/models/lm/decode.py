@@ -36,8 +36,8 @@ _NOWHERE_NBYTES = 4096
 class Decoding:
     """Decodes up to ``max_rows`` rows a step. All buffers are its own: one thread may use it.
 
-    A graph is captured when a batch of its size first comes, for 1, 2, 4, ... rows; where that fails the same kernels
-    run without one.
+    A graph is captured when a batch of its size first comes, for 1, 2, 4, ... rows and twice, four times, ... as many
+    KV tokens; where that fails the same kernels run without one.
     """
 
     def __init__(
@@ -64,6 +64,15 @@ class Decoding:
         self._plan = _Plan(self._max_rows, self._device)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool: Any = None
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Captures the graphs of all numbers of rows over short caches, and has everything compiled that they need, so
+        that the first answers need not wait for it."""
+        self._state.host.zero_()
+        self._state.upload()
+        for exponent in range(self._max_rows.bit_length()):
+            self._run(1 << exponent, self._plan.capacity)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Step]) -> tuple[list[int], Tensor]:
@@ -152,8 +161,6 @@ class _Plan:
     a row's own tokens reach its end."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
-        self.capacity = 0
-        """Items that a graph needs for this plan: a power of two."""
         self._items = _Mirror((_MOST_ITEMS, kernels.ITEM_FIELDS), device)
         self._rows = _Mirror((max_rows * (kernels.TAIL_FIELDS + 1) + 1,), device)
         sizes = [max_rows * kernels.TAIL_FIELDS, max_rows + 1]
@@ -163,6 +170,9 @@ class _Plan:
         self.tails = tails.view(-1, kernels.TAIL_FIELDS)
         self._nowhere = torch.zeros(_NOWHERE_NBYTES, dtype=torch.uint8, device=device)
         self._made_for: list[tuple[ref[KVCache], int, int]] = []
+        self.capacity = _LEAST_ITEMS
+        """Items that a graph needs for this plan: a power of two."""
+        self._put([], [0], [])
 
     def update(self, caches: Sequence[KVCache]) -> None:
         """Makes a plan for ``caches``, one a row, unless the last one will do. Each has room for one token more."""
@@ -180,18 +190,22 @@ class _Plan:
         if len(items) > _MOST_ITEMS:
             raise RuntimeError(f"a batch in {len(items)} pieces, {_MOST_ITEMS} at most")
         self.capacity = max(_LEAST_ITEMS, 1 << (len(items) - 1).bit_length())
+        tails = [(cache.keys.data_ptr(), cache.values.data_ptr(), *cache.keys.stride()[:2]) for cache in caches]
+        self._put(items, ranges, tails)
+        self._made_for = made_for
+
+    def _put(self, items: list[tuple[int, ...]], ranges: list[int], tails: list[tuple[int, ...]]) -> None:
+        """Fills up what is left with items of no tokens, and rows without items that write nowhere."""
         host = self._items.host[: self.capacity]
-        host[: len(items)] = torch.tensor(items, dtype=torch.int64)
-        host[len(items) :] = 0  # no tokens
+        host[: len(items)] = torch.tensor(items, dtype=torch.int64).view(-1, kernels.ITEM_FIELDS)
+        host[len(items) :] = 0
         self._items.upload(self.capacity)
         self._host_ranges[: len(ranges)] = torch.tensor(ranges)
         self._host_ranges[len(ranges) :] = len(items)
         nowhere = (self._nowhere.data_ptr(), self._nowhere.data_ptr(), 0, 0)
-        tails = [(cache.keys.data_ptr(), cache.values.data_ptr(), *cache.keys.stride()[:2]) for cache in caches]
-        tails += [nowhere] * (len(self._host_tails) // kernels.TAIL_FIELDS - len(tails))
-        self._host_tails.copy_(torch.tensor(tails, dtype=torch.int64).flatten())
+        rest = len(self._host_tails) // kernels.TAIL_FIELDS - len(tails)
+        self._host_tails.copy_(torch.tensor([*tails, *[nowhere] * rest], dtype=torch.int64).flatten())
         self._rows.upload()
-        self._made_for = made_for
 
 
 class _Mirror:

@@ -99,13 +99,15 @@ class DecoderModel(VideoModel):
         except ImportError as error:
             _log.warning("decoding is slow without Triton: %s", error)
             return None
-        return Decoding(
+        decoding = Decoding(
             self.decoder,
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             max_positions=spec.max_positions,
             max_rows=max_rows,
         )
+        decoding.warm_up()
+        return decoding
 
     @torch.inference_mode()
     def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:

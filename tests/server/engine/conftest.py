@@ -138,7 +138,11 @@ class Driver:
 
     @property
     def num_prefilled(self) -> int:
-        """Chunks that were computed."""
+        """Chunks that were computed, also by a step that is just ending."""
+        if self.engine.ready:
+            ended = threading.Event()
+            self.engine._inbox.put(ended.set)
+            ended.wait(TIMEOUT_S)
         return int(self.engine.metrics.registry.get_sample_value("x2l_prefilled_chunks_total") or 0)
 
     def start(

@@ -155,3 +155,22 @@ def test_draws_follow_the_temperature_and_the_seed_alone() -> None:
     share = sum(token in likely for token in together) / len(together)
     assert abs(share - float(probabilities[likely].sum())) < 0.2
     assert len(set(together)) > 5
+
+
+@with_kernels
+def test_a_decoder_that_has_warmed_up_captures_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from server.models.base import Step
+    from server.models.lm.decode import Decoding
+
+    monkeypatch.setattr("server.models.lm.decode._LEAST_ITEMS", 16)
+    model = decoder()
+    decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=2)
+    decoding.warm_up()
+    graphs = set(decoding._graphs)
+    assert len(graphs) == (2 if DEVICE == "cuda" else 0)
+    (shared, copied), (others, _) = caches(model, 7, 40, seed=0), caches(model, 3, 9, seed=100)
+    expected = read(model, [(torch.tensor([5], device=DEVICE), copied)])
+    _, logits = decoding.step([Step(5, shared)])
+    torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+    decoding.step([Step(5, shared), Step(6, others)])
+    assert set(decoding._graphs) == graphs
