@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,27 @@ def test_a_client_that_goes_away_frees_its_slot(serve: Serve, video: Path) -> No
                         pass
             assert idle(live)
         complete(client, ask(file.id))
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(serve: Serve, video: Path) -> None:
+    with serve(endless=True, max_batch=1, max_tokens=1000) as live, live.client() as client:
+        file = client.files.create(file=video, purpose="user_data")
+        client.files.wait_for_processing(file.id, poll_interval=0.1)
+        body = json.dumps({"model": MODEL, "messages": ask(file.id), "stream": True}).encode()
+        address = httpx.URL(live.url)
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # much less than the answer
+            slow.settimeout(60)
+            slow.connect((address.host, address.port))
+            slow.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x2l\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            complete(client, ask(file.id))  # the only slot is free for it once the other's answer is drawn
+            assert idle(live)
+            received = b"".join(iter(lambda: slow.recv(1 << 16), b""))
+        assert received.count(b'"content":"') >= 800 and b'"finish_reason":"length"' in received
+        assert received.rstrip(b"0\r\n").endswith(b"data: [DONE]")
 
 
 def idle(live: Live) -> bool:

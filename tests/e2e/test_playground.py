@@ -81,6 +81,7 @@ def test_a_key_is_asked_for(page: Any, serve: Serve) -> None:
             expect(page.locator("#key-status")).to_contain_text(told)
         ask(page, "Is anything there?")
         expect(page.locator("#ask-status")).to_have_text("Upload a video first.")
+        page.close()  # before the server does
 
 
 def test_the_interface_is_described_without_anything_from_elsewhere(page: Any, live: Live) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,12 +65,14 @@ class Answer:
 
     id: str
     deltas: list[Delta] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     first: threading.Event = field(default_factory=threading.Event)
 
     def on_delta(self, delta: Delta) -> None:
         assert not self.ended.is_set(), "a delta after the final one"
         self.deltas.append(delta)
+        self.times_s.append(time.perf_counter())
         self.first.set()
         if delta.final:
             self.ended.set()

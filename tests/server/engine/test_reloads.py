@@ -69,7 +69,7 @@ def test_two_questions_read_a_chunk_once(drive: Drive, four_chunks: Clip, share_
     store.shut = {1: threading.Event(), 2: threading.Event()}
     answers = [fresh.start(record, dial=Dial(chunks=(1, 2))) for _ in range(2)]
     answers.append(fresh.start(record, dial=Dial(chunks=(2,))))
-    until(lambda: fresh.engine._reads.num_waits == 5)
+    until(lambda: fresh.engine._reads.num_waits == 5 and len(store.reads) == 2)
     assert store.reads == {1: 1, 2: 1}
     store.shut[2].set()
     assert not answers[2].wait().outcome.degraded
