@@ -289,6 +289,7 @@ def decoding_of(model: Decoder, config: DecoderConfig) -> Any:
     if id(model) not in _DECODINGS:
         _DECODINGS[id(model)] = Decoding(
             model,
+            heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             max_positions=config.max_position_embeddings,
@@ -500,6 +501,7 @@ def relative_errors(config: DecoderConfig, device: torch.device) -> dict[str, fl
     exact.load_state_dict(half.state_dict())
     decoding = Decoding(
         half,
+        heads=small.num_attention_heads,
         kv_heads=small.num_key_value_heads,
         head_dim=small.head_dim,
         max_positions=small.max_position_embeddings,

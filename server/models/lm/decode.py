@@ -1,4 +1,4 @@
-"""One decoding step of a batch on a GPU: a CUDA graph over shared KVs, from token ids to token ids."""
+"""A decoding step or a short prompt on a GPU: one CUDA graph over shared KVs, from token ids to token ids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 from weakref import ref
 
@@ -16,6 +17,7 @@ from torch.nn import functional
 from compression.cache import KVCache
 from compression.segments import SharedCache
 from server.models.base import Step
+from server.models.device import asked_so_far
 from server.models.lm import kernels
 from server.models.lm.decoder import LanguageModel, LayerLike
 
@@ -34,16 +36,18 @@ _NOWHERE_NBYTES = 4096
 
 
 class Decoding:
-    """Decodes up to ``max_rows`` rows a step. All buffers are its own: one thread may use it.
+    """Decodes up to ``max_rows`` rows a step. A prompt of few tokens is read in the same way, a row a token: every row
+    reads its whole cache anew, but a large model tells a GPU of a thousand kernels otherwise, which takes longer.
 
-    A graph is captured when a batch of its size first comes, for 1, 2, 4, ... rows and twice, four times, ... as many
-    KV tokens; where that fails the same kernels run without one.
+    All buffers are its own: one thread may use it. A graph is captured when a batch of its size first comes, for 1, 2,
+    4, ... rows and twice, four times, ... as many KV tokens; where that fails the same kernels run without one.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         *,
+        heads: int,
         kv_heads: int,
         head_dim: int,
         max_positions: int,
@@ -52,27 +56,28 @@ class Decoding:
     ) -> None:
         """``model`` is on its device already; its projections are put together in one tensor each, in place."""
         self._model = model
-        self._kv_heads, self._head_dim = kv_heads, head_dim
+        self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
         weight = model.embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._use_graphs = use_graphs and self._device.type == "cuda"
         self._layers = [_Fused.of(cast(LayerLike, layer)) for layer in model.layers]
         everywhere = torch.arange(max_positions, device=self._device)
         self._table = torch.stack(model.rope.tables(everywhere, self._dtype), dim=1)
-        self._max_rows = 1 << (max_rows - 1).bit_length()
-        self._state = _Mirror((5, self._max_rows), self._device)  # ids, positions, lengths, seeds, temperatures
-        self._plan = _Plan(self._max_rows, self._device)
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.max_rows = 1 << (max_rows - 1).bit_length()
+        self._state = _Mirror((5, self.max_rows), self._device)  # ids, positions, lengths, seeds, temperatures
+        self._plan = _Plan(self.max_rows, self._device)
+        self._queries = weight.new_empty((len(model.layers), self.max_rows, heads, head_dim))
+        self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         self._pool: Any = None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Captures the graphs of all numbers of rows over short caches, and has everything compiled that they need, so
         that the first answers need not wait for it."""
-        self._state.host.zero_()
-        self._state.upload()
-        for exponent in range(self._max_rows.bit_length()):
-            self._run(1 << exponent, self._plan.capacity)
+        self._fill([])
+        for exponent in range(self.max_rows.bit_length()):
+            self._run(1 << exponent)
+        self._run(self.max_rows, traced=True)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Step]) -> tuple[list[int], Tensor]:
@@ -80,58 +85,115 @@ class Decoding:
         they were drawn from (perturbed where there is a temperature), which are good until the next step."""
         for row in rows:
             row.cache.reserve(1)
-        self._plan.update([row.cache for row in rows])
-        state = self._state.host
-        state.zero_()
-        fields = [
-            (row.token, row.cache.next_position, row.cache.num_own, row.seed, _bits(row.temperature)) for row in rows
-        ]
-        state[:, : len(rows)] = torch.tensor(fields, dtype=torch.int64).T
-        self._state.upload()
-        tokens, logits = self._run(1 << (len(rows) - 1).bit_length(), self._plan.capacity)
+        self._fill([_Row(row.cache, 0, row.token, row.seed, row.temperature) for row in rows])
+        tokens, logits = self._run(len(rows))
         chosen: list[int] = tokens[: len(rows)].tolist()  # the one wait for the device
         for row in rows:
             row.cache.advance(1)
         return chosen, logits[: len(rows)]
 
-    def _run(self, num_rows: int, num_items: int) -> tuple[Tensor, Tensor]:
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[tuple[Tensor, KVCache]]) -> Tensor:
+        """Appends ids [n] to every cache, all together at most ``max_rows``; the logits [prompts, vocab] of their last
+        tokens. Does not wait for the device."""
+        num_rows = self._fill_prompts(prompts)
+        _, logits = self._run(num_rows)
+        ends = accumulate(len(ids) for ids, _ in prompts)
+        for ids, cache in prompts:
+            cache.advance(len(ids))
+        return torch.stack([logits[end - 1] for end in ends])
+
+    @torch.inference_mode()
+    def trace(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """The queries [layers, heads, n, head_dim] before RoPE of ``ids`` [n], at most ``max_rows``, behind ``cache``,
+        which does not advance. Does not wait for the device."""
+        num_rows = self._fill_prompts([(ids, cache)])
+        self._run(num_rows, traced=True)
+        return self._queries[:, :num_rows].transpose(1, 2).contiguous()
+
+    def _fill_prompts(self, prompts: Sequence[tuple[Tensor, KVCache]]) -> int:
+        """A row a token; how many."""
+        for ids, cache in prompts:
+            cache.reserve(len(ids))
+        rows = [_Row(cache, place) for ids, cache in prompts for place in range(len(ids))]
+        self._fill(rows)
+        self._state.device[0, : len(rows)] = torch.cat([ids for ids, _ in prompts])
+        return len(rows)
+
+    def _fill(self, rows: Sequence[_Row]) -> None:
+        """Puts ``rows`` into the buffers, for which there is room in their caches."""
+        self._plan.update([(row.cache, row.length) for row in rows])
+        state = self._state.writable()
+        state.zero_()
+        state[:, : len(rows)] = torch.tensor([row.fields for row in rows], dtype=torch.int64).view(-1, len(state)).T
+        self._state.upload()
+
+    def _run(self, num_rows: int, *, traced: bool = False) -> tuple[Tensor, Tensor]:
+        """Tokens [rows or more] and logits; if ``traced``, only the queries are of use."""
+        key = 1 << max(num_rows - 1, 0).bit_length(), self._plan.capacity, traced
         if not self._use_graphs:
-            return self._compute(num_rows, num_items)
-        if (num_rows, num_items) not in self._graphs:
+            return self._compute(*key)
+        if key not in self._graphs:
             try:
-                self._capture(num_rows, num_items)
+                self._capture(*key)
             except Exception:
                 _log.exception("no CUDA graph could be captured; decoding goes on without")
                 self._use_graphs = False
                 self._graphs.clear()
-                return self._compute(num_rows, num_items)
-        graph, tokens, logits = self._graphs[num_rows, num_items]
+                return self._compute(*key)
+        graph, results = self._graphs[key]
         graph.replay()
-        return tokens, logits
+        return results
 
-    def _capture(self, num_rows: int, num_items: int) -> None:
+    def _capture(self, num_rows: int, num_items: int, traced: bool) -> None:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and makes the libraries' handles
-            self._compute(num_rows, num_items)
+            self._compute(num_rows, num_items, traced)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            tokens, logits = self._compute(num_rows, num_items)
+            results = self._compute(num_rows, num_items, traced)
         self._pool = self._pool or graph.pool()
-        self._graphs[num_rows, num_items] = graph, tokens, logits
+        self._graphs[num_rows, num_items, traced] = graph, results
 
-    def _compute(self, num_rows: int, num_items: int) -> tuple[Tensor, Tensor]:
+    def _compute(self, num_rows: int, num_items: int, traced: bool) -> tuple[Tensor, Tensor]:
         """Nothing in here depends on what is in the buffers, nor waits for the device."""
         ids, positions, lengths, seeds, temperature_bits = self._state.device[:, :num_rows]
-        temperatures = temperature_bits.view(torch.float64).float()
-        batch = _Batch(self._plan, num_rows, num_items, lengths, positions, self._table, self._kv_heads, self._head_dim)
+        batch = _Batch(
+            self._plan, num_rows, num_items, lengths, positions, self._table, self._kv_heads, self._head_dim,
+            self._queries if traced else None,
+        )  # fmt: skip
         x = self._model.embed_tokens(ids)
         for index, (layer, fused) in enumerate(zip(self._model.layers, self._layers, strict=True)):
             x = _plain(cast(LayerLike, layer), batch, index, x) if fused is None else fused(batch, index, x)
+        if traced:
+            return ids, x
+        temperatures = temperature_bits.view(torch.float64).float()
         logits = linear(self._model.norm(x), self._model.head_weight).float()
         kernels.perturb(logits, temperatures, seeds, positions)
         return logits.argmax(-1), logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One token, to be appended behind ``place`` others that are appended to ``cache`` in the same step."""
+
+    cache: KVCache
+    place: int
+    token: int = 0
+    seed: int = 0
+    temperature: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the cache's own before it."""
+        return self.cache.num_own + self.place
+
+    @property
+    def fields(self) -> tuple[int, int, int, int, int]:
+        """As they stand in the buffer."""
+        return self.token, self.cache.next_position + self.place, self.length, self.seed, _bits(self.temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +208,13 @@ class _Batch:
     table: Tensor
     kv_heads: int
     head_dim: int
+    trace: Tensor | None
+    """Where the queries of all layers go, if they are wanted: [layers, rows or more, heads, head_dim]."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """All [rows, heads, head_dim] before RoPE, heads contiguous; the keys and values are appended."""
+        if self.trace is not None:
+            self.trace[layer, : self.num_rows] = queries
         kernels.append(keys, values, self.plan.tails, self.lengths, self.positions, self.table, layer)
         return kernels.attend(
             queries, self.plan.items[: self.num_items], self.plan.ranges, self.lengths, self.positions, self.table,
@@ -174,9 +240,11 @@ class _Plan:
         """Items that a graph needs for this plan: a power of two."""
         self._put([], [0], [])
 
-    def update(self, caches: Sequence[KVCache]) -> None:
-        """Makes a plan for ``caches``, one a row, unless the last one will do. Each has room for one token more."""
-        reach = [cache.num_own // _HORIZON + 1 for cache in caches]
+    def update(self, rows: Sequence[tuple[KVCache, int]]) -> None:
+        """Makes a plan for ``rows``, each a cache and how many of its own tokens come before the row's, unless the last
+        plan will do. There is room for these and for one more."""
+        caches = [cache for cache, _ in rows]
+        reach = [length // _HORIZON + 1 for _, length in rows]
         made_for = [(ref(cache), cache.keys.data_ptr(), blocks) for cache, blocks in zip(caches, reach, strict=True)]
         if made_for == self._made_for and all(known() is not None for known, *_ in made_for):
             return
@@ -196,10 +264,11 @@ class _Plan:
 
     def _put(self, items: list[tuple[int, ...]], ranges: list[int], tails: list[tuple[int, ...]]) -> None:
         """Fills up what is left with items of no tokens, and rows without items that write nowhere."""
-        host = self._items.host[: self.capacity]
+        host = self._items.writable()[: self.capacity]
         host[: len(items)] = torch.tensor(items, dtype=torch.int64).view(-1, kernels.ITEM_FIELDS)
         host[len(items) :] = 0
         self._items.upload(self.capacity)
+        self._rows.writable()
         self._host_ranges[: len(ranges)] = torch.tensor(ranges)
         self._host_ranges[len(ranges) :] = len(items)
         nowhere = (self._nowhere.data_ptr(), self._nowhere.data_ptr(), 0, 0)
@@ -214,10 +283,18 @@ class _Mirror:
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.device = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._uploaded: torch.cuda.Event | None = None
+
+    def writable(self) -> Tensor:
+        """The host's, once the last upload is over."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+        return self.host
 
     def upload(self, rows: int | None = None) -> None:
-        """The first ``rows``, or all. The host's must not change before the device was waited for."""
+        """The first ``rows``, or all."""
         self.device[:rows].copy_(self.host[:rows], non_blocking=True)
+        self._uploaded = asked_so_far(self.device.device)
 
 
 class _Fused:

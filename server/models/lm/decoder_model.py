@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,15 @@ from server.models.fingerprint import fingerprint
 from server.models.lm.decoder import QKV, LanguageModel, Window
 from server.models.slices import whole
 
+if TYPE_CHECKING:
+    from server.models.lm.decode import Decoding  # which needs Triton
+
 _log = logging.getLogger(__name__)
+
+_SHORT_PROMPT = 64
+"""Tokens; questions are seldom longer."""
+_MOST_READ = 1 << 21
+"""KV tokens, counted anew for each token that sees them: above, attention that reads them once for all is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,7 @@ class DecoderModel(VideoModel):
         self.end_ids = prompt.end_ids
         self.prefill_mode = prefill_mode
         self._prefix: ChunkKV | None = None
+        self._decoding: Decoding | None = None
 
     @torch.inference_mode()
     def prefix(self) -> ChunkKV:
@@ -83,6 +92,10 @@ class DecoderModel(VideoModel):
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Tensor:
+        if self._decoding is not None and all(row.image is None for row in rows):
+            prompts = [(row.ids, row.cache) for row in rows]
+            if _is_short(prompts):
+                return self._decoding.read(prompts)
         windows = [self._window(row) for row in rows]
         hidden, _ = self.decoder(windows)
         sizes = [len(window.embeddings) for window in windows]
@@ -99,18 +112,22 @@ class DecoderModel(VideoModel):
         except ImportError as error:
             _log.warning("decoding is slow without Triton: %s", error)
             return None
-        decoding = Decoding(
+        self._decoding = Decoding(
             self.decoder,
+            heads=spec.num_heads,
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             max_positions=spec.max_positions,
-            max_rows=max_rows,
+            max_rows=max(max_rows, _SHORT_PROMPT),
         )
-        decoding.warm_up()
-        return decoding
+        self._decoding.warm_up()
+        return self._decoding
 
     @torch.inference_mode()
     def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:
+        if self._decoding is not None and _is_short([(ids, cache)]):
+            queries = self._decoding.trace(ids, cache)
+            return QueryTrace(queries[: self.scorer.num_layers], cache.next_position)
         window = Window(self.decoder.embed_tokens(ids), cache)
         projected = whole(self.decoder.slices([window], self.scorer.num_layers))
         return QueryTrace(torch.stack([queries for queries, _, _ in projected]), cache.next_position)
@@ -141,6 +158,13 @@ class DecoderModel(VideoModel):
         """Over ``settings``, which must tell all that changes a KV but the weights, and the weights."""
         # A model keeps what it runs as attributes.
         return fingerprint(settings, [part for part in vars(self).values() if isinstance(part, nn.Module)])
+
+
+def _is_short(prompts: Sequence[tuple[Tensor, KVCache]]) -> bool:
+    """Whether prompts, all together, are better read token by token."""
+    sizes = [len(ids) for ids, _ in prompts]
+    num_read = sum(size * cache.length for size, (_, cache) in zip(sizes, prompts, strict=True))
+    return sum(sizes) <= _SHORT_PROMPT and num_read <= _MOST_READ
 
 
 def stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:

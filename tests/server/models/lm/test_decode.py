@@ -13,6 +13,7 @@ from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from compression.segments import Part, RotatedKV, SharedCache
 from server.models.lm.decoder import Decoder, DecoderConfig, LanguageModel, Window
+from server.models.slices import whole
 
 _INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -98,7 +99,7 @@ def test_decoding_by_the_kernels(qk_norm: bool, rotary_dim: int, num_rows: int) 
     from server.models.lm.decode import Decoding
 
     model, plain = (decoder(qk_norm=qk_norm, rotary_dim=rotary_dim) for _ in range(2))
-    decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
+    decoding = Decoding(model, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
     pairs = [caches(plain, 7 + 30 * row, 40 + 100 * row, seed=100 * row) for row in range(num_rows)]
     text, text_copy = (MixedCache(kv(5, 0), [], plain.rope, room=3) for _ in range(2))  # of its own alone, and it grows
     rows = [*pairs, (text, text_copy)] if num_rows > 1 else pairs
@@ -123,7 +124,7 @@ def test_own_tokens_past_what_was_planned_for() -> None:
     from server.models.lm.decode import Decoding
 
     model = decoder()
-    decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=1)
+    decoding = Decoding(model, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=1)
     shared, copied = caches(model, 7, 40, seed=0)
     ids = torch.randint(0, VOCAB, (255,), device=DEVICE)
     read(model, [(ids, shared)])
@@ -140,7 +141,7 @@ def test_draws_follow_the_temperature_and_the_seed_alone() -> None:
     from server.models.lm.decode import Decoding
 
     model = decoder()
-    decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
+    decoding = Decoding(model, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
     shared, copied = caches(model, 2, 4, seed=0)
     probabilities = (read(model, [(torch.tensor([7], device=DEVICE), copied)])[0] / 0.5).softmax(-1)
 
@@ -164,13 +165,42 @@ def test_a_decoder_that_has_warmed_up_captures_nothing_more(monkeypatch: pytest.
 
     monkeypatch.setattr("server.models.lm.decode._LEAST_ITEMS", 16)
     model = decoder()
-    decoding = Decoding(model, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=2)
+    decoding = Decoding(model, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=2)
     decoding.warm_up()
     graphs = set(decoding._graphs)
-    assert len(graphs) == (2 if DEVICE == "cuda" else 0)
+    assert len(graphs) == (3 if DEVICE == "cuda" else 0)
     (shared, copied), (others, _) = caches(model, 7, 40, seed=0), caches(model, 3, 9, seed=100)
     expected = read(model, [(torch.tensor([5], device=DEVICE), copied)])
     _, logits = decoding.step([Step(5, shared)])
     torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
     decoding.step([Step(5, shared), Step(6, others)])
     assert set(decoding._graphs) == graphs
+
+
+@with_kernels
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_short_prompts_by_the_kernels(qk_norm: bool) -> None:
+    """Read and traced token by token, as in one piece."""
+    from server.models.base import Step
+    from server.models.lm.decode import Decoding
+
+    model, plain = (decoder(qk_norm=qk_norm) for _ in range(2))
+    decoding = Decoding(model, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=8)
+    (first, first_copy), (second, second_copy) = caches(plain, 7, 40, seed=0), caches(plain, 3, 9, seed=100)
+    generator = torch.Generator().manual_seed(5)
+    for sizes in ((5, 3), (1, 6), (4, 4)):
+        ids = [torch.randint(0, VOCAB, (size,), generator=generator).to(DEVICE) for size in sizes]
+        with torch.inference_mode():
+            projected = whole(plain.slices([Window(plain.embed_tokens(ids[0]), first_copy)]))
+        expected = torch.stack([queries for queries, _, _ in projected])
+        before = first.length, first.next_position
+        torch.testing.assert_close(decoding.trace(ids[0], first), expected, atol=3e-4, rtol=1e-3)
+        assert (first.length, first.next_position) == before
+        ends = [sizes[0] - 1, sum(sizes) - 1]
+        expected = read(plain, [(ids[0], first_copy), (ids[1], second_copy)])[ends]
+        logits = decoding.read([(ids[0], first), (ids[1], second)])
+        torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+        assert first.length == first_copy.length and second.length == second_copy.length
+        expected = read(plain, [(torch.tensor([7], device=DEVICE), second_copy)])
+        _, logits = decoding.step([Step(7, second)])  # behind what was read
+        torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
