@@ -9,6 +9,7 @@ import torch
 from compression.mixed import MixedCache
 from server.engine.request import Request
 from server.models.base import Row, VideoModel
+from server.models.device import to_device
 
 
 class Prompt:
@@ -48,7 +49,7 @@ class Prompt:
         device = self._model.device
         if at < 0:
             return Row(torch.empty(0, dtype=torch.int64, device=device), cache, self._encoded[self._num_read])
-        return Row(torch.tensor(self._texts[at], device=device), cache)
+        return Row(to_device(torch.tensor(self._texts[at]), device), cache)
 
     def advance(self) -> None:
         """To the piece behind the one that was read."""

@@ -272,7 +272,7 @@ def graph_ms(model: Decoder, config: DecoderConfig, caches: list[MixedCache], pr
         "graph_nbytes": torch.cuda.memory_reserved() - before_nbytes,
         "captured": bool(decoding._graphs),
     }
-    captured = decoding._graphs.get((1 << (len(caches) - 1).bit_length(), decoding._plan.capacity))
+    captured = decoding._graphs.get((1 << (len(caches) - 1).bit_length(), decoding._plan.capacity, False))
     if captured is not None:
         row["device_ms"] = 1e3 * median_s(captured[0].replay, 10)
     if profile:
@@ -377,9 +377,9 @@ def linear_speeds(model: Decoder, config: DecoderConfig, tune: bool) -> list[dic
     """GB/s of every projection's weights, layer after layer: by the library for 1, 8 and 32 rows, and by the kernel."""
     from server.models.lm import kernels
 
-    decoding = decoding_of(model, config)
+    decoding_of(model, config)  # fuses the layers
     like = model.embed_tokens.weight
-    layers = decoding._layers
+    layers: Any = model._fused
     matrices = (
         ("qkv", [layer._qkv for layer in layers], False),
         ("o", [layer._o for layer in layers], False),

@@ -6,13 +6,13 @@ import logging
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from compression.cache import KVCache
 from compression.segments import SharedCache
@@ -20,6 +20,7 @@ from server.models.base import Step
 from server.models.device import asked_so_far
 from server.models.lm import kernels
 from server.models.lm.decoder import LanguageModel, LayerLike
+from server.models.lm.fused import Attend, FusedLayer, linear
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +55,13 @@ class Decoding:
         max_rows: int,
         use_graphs: bool = True,
     ) -> None:
-        """``model`` is on its device already; its projections are put together in one tensor each, in place."""
+        """``model`` is on its device already; its layers are fused (:meth:`LanguageModel.fuse`)."""
         self._model = model
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
         weight = model.embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._use_graphs = use_graphs and self._device.type == "cuda"
-        self._layers = [_Fused.of(cast(LayerLike, layer)) for layer in model.layers]
+        model.fuse(head_dim)
         everywhere = torch.arange(max_positions, device=self._device)
         self._table = torch.stack(model.rope.tables(everywhere, self._dtype), dim=1)
         self.max_rows = 1 << (max_rows - 1).bit_length()
@@ -165,8 +166,9 @@ class Decoding:
             self._queries if traced else None,
         )  # fmt: skip
         x = self._model.embed_tokens(ids)
-        for index, (layer, fused) in enumerate(zip(self._model.layers, self._layers, strict=True)):
-            x = _plain(cast(LayerLike, layer), batch, index, x) if fused is None else fused(batch, index, x)
+        for index in range(len(self._model.layers)):
+            layer, attend = self._model.layer(index), partial(batch.attend, index)
+            x = layer.step(x, attend) if isinstance(layer, FusedLayer) else _plain(layer, x, attend)
         if traced:
             return ids, x
         temperatures = temperature_bits.view(torch.float64).float()
@@ -297,62 +299,9 @@ class _Mirror:
         self._uploaded = asked_so_far(self.device.device)
 
 
-class _Fused:
-    """A layer of the usual kind in few kernels: its projections of one input are one matrix."""
-
-    def __init__(self, parts: Any) -> None:
-        """``parts`` has Llama's names."""
-        attention, mlp = parts.self_attn, parts.mlp
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self._sizes = [part.out_features for part in projections]
-        self._qkv, self._qkv_bias = _pack(projections)
-        self._gate_up, _ = _pack([mlp.gate_proj, mlp.up_proj])
-        self._o, self._down = attention.o_proj.weight, mlp.down_proj.weight
-        self._q_norm = getattr(attention, "q_norm", nn.Identity())
-        self._k_norm = getattr(attention, "k_norm", nn.Identity())
-        self._norms = [(norm.weight, _eps(norm)) for norm in (parts.input_layernorm, parts.post_attention_layernorm)]
-
-    @classmethod
-    def of(cls, layer: object) -> _Fused | None:
-        """None for a layer of another kind."""
-        parts: Any = getattr(layer, "layer", layer)  # transformers' own are wrapped
-        attention, mlp = getattr(parts, "self_attn", None), getattr(parts, "mlp", None)
-        names = (attention, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))
-        linears = [getattr(owner, name, None) for owner, own in names for name in own]
-        if not all(type(linear) is nn.Linear for linear in linears):
-            return None
-        if any(linear.bias is not None for linear in linears[3:] if linear is not None):
-            return None
-        probe = torch.linspace(-2, 2, 5)
-        silu = torch.equal(getattr(mlp, "act_fn", functional.silu)(probe), functional.silu(probe))
-        return cls(parts) if silu else None
-
-    def __call__(self, batch: _Batch, index: int, x: Tensor) -> Tensor:
-        """``x`` [rows, hidden], which is written over -> the next layer's."""
-        (first, first_eps), (second, second_eps) = self._norms
-        qkv = linear(kernels.norm(x, first, first_eps), self._qkv, self._qkv_bias)
-        q, k, v = (part.view(len(x), -1, batch.head_dim) for part in qkv.split_with_sizes(self._sizes, dim=1))
-        attended = batch.attend(index, self._q_norm(q), self._k_norm(k), v)
-        x = linear_into(x, attended.flatten(1), self._o)
-        h = kernels.norm(x, second, second_eps)
-        one = len(x) == 1
-        gated = kernels.gemv(h, self._gate_up, gated=True) if one else kernels.gate(linear(h, self._gate_up))
-        return linear_into(x, gated, self._down)
-
-
-def _plain(layer: LayerLike, batch: _Batch, index: int, x: Tensor) -> Tensor:
+def _plain(layer: LayerLike, x: Tensor, attend: Attend) -> Tensor:
     q, k, v = (part.transpose(0, 1).contiguous() for part in layer.project(x, None))
-    return layer.output(x, batch.attend(index, q, k, v).transpose(0, 1))
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """For a single row by a kernel that does nothing but read the weights, for more by the library."""
-    return kernels.gemv(x, weight, bias) if len(x) == 1 else functional.linear(x, weight, bias)
-
-
-def linear_into(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """``x`` + ``y`` times ``weight``, in place."""
-    return kernels.gemv(y, weight, add_to=x) if len(x) == 1 else x.addmm_(y, weight.t())
+    return layer.output(x, attend(q, k, v).transpose(0, 1))
 
 
 def _items(row: int, cache: KVCache, num_own: int, size: int) -> Iterator[tuple[int, ...]]:
@@ -371,20 +320,6 @@ def _items(row: int, cache: KVCache, num_own: int, size: int) -> Iterator[tuple[
             yield keys_at + shift, values_at + shift, layer_stride, head_stride, row, offset, count, first
 
 
-def _eps(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
-
-
 def _bits(value: float) -> int:
     """A float64 as the int64 of the same bits."""
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
-
-
-def _pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Weights [all outputs, inputs] and biases of several projections, of which theirs become views."""
-    weight = torch.cat([linear.weight.data for linear in linears])
-    sizes = [linear.out_features for linear in linears]
-    for linear, part in zip(linears, weight.split_with_sizes(sizes), strict=True):
-        linear.weight.data = part
-    biases = [linear.bias.data for linear in linears if linear.bias is not None]
-    return weight, torch.cat(biases) if biases else None

@@ -4,6 +4,7 @@ own query, key and value projections."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self, cast
 
@@ -205,6 +206,19 @@ class LanguageModel(nn.Module, ABC):
     """Behind the last layer."""
     rope: Rope
 
+    _fused: Sequence[LayerLike] = ()
+
+    def fuse(self, head_dim: int) -> None:
+        """From now on runs in fewer kernels; on a GPU, where Triton is (ImportError). The parameters keep their names
+        and values, but share memory with others."""
+        from server.models.lm.fused import fused
+
+        self._fused = fused(cast(Sequence[LayerLike], self.layers), head_dim)
+
+    def layer(self, index: int) -> LayerLike:
+        """As it runs."""
+        return self._fused[index] if self._fused else cast(LayerLike, self.layers[index])
+
     @property
     @abstractmethod
     def head_weight(self) -> Tensor:
@@ -248,10 +262,10 @@ class LanguageModel(nn.Module, ABC):
         for window, size in zip(windows, sizes, strict=True):
             window.cache.reserve(size)
         projected: list[QKV] = []
-        for index, module in enumerate(self.layers[: num_whole + 1]):
+        for index in range(min(num_whole + 1, len(self.layers))):
             if index:
                 yield
-            layer = cast(LayerLike, module)
+            layer = self.layer(index)
             q, k, v = layer.project(x, places)
             projected.append((q, k, v))
             if index == num_whole:

@@ -204,3 +204,20 @@ def test_short_prompts_by_the_kernels(qk_norm: bool) -> None:
         expected = read(plain, [(torch.tensor([7], device=DEVICE), second_copy)])
         _, logits = decoding.step([Step(7, second)])  # behind what was read
         torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+
+
+@with_kernels
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("with_vsts", [False, True])
+def test_fused_layers_in_a_pass_over_many_tokens(qk_norm: bool, with_vsts: bool) -> None:
+    model, plain = (decoder(qk_norm=qk_norm) for _ in range(2))
+    model.fuse(HEAD_DIM)
+    is_vst = torch.arange(70) % 3 == 2 if with_vsts else None
+    embeddings = torch.randn(70, 48, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with torch.inference_mode():
+        hidden, projected = model([Window(embeddings.clone(), caches(model, 7, 40, seed=0)[1], is_vst)])
+        expected, layers = plain([Window(embeddings.clone(), caches(plain, 7, 40, seed=0)[1], is_vst)])
+    torch.testing.assert_close(hidden, expected, atol=3e-4, rtol=1e-3)
+    for layer, like in zip(projected, layers, strict=True):
+        for part, other in zip(layer, like, strict=True):
+            torch.testing.assert_close(part, other, atol=3e-4, rtol=1e-3)
