@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,16 @@ class Driver:
         )
         self.engine.submit(request, answer.on_delta)
         return answer
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What is started meanwhile comes to the engine all at once."""
+        over = threading.Event()
+        self.engine._inbox.put(partial(over.wait, TIMEOUT_S))
+        try:
+            yield
+        finally:
+            over.set()
 
     def ask(self, records: Any, question: str = "What code is on the red star?", **arguments) -> Answer:
         return self.start(records, question, **arguments).wait()

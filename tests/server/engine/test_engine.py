@@ -72,7 +72,8 @@ def test_a_batch_answers_as_each_alone(
     alone = [driver.ask(file, question, dial=dial, max_tokens=40).text for file, question, dial in cases]
     alone_logits = [spy.of(model, question) for question in QUESTIONS]
     assert max(spy.batches) == 1
-    answers = [driver.start(file, question, dial=dial, max_tokens=40) for file, question, dial in cases]
+    with driver.held():
+        answers = [driver.start(file, question, dial=dial, max_tokens=40) for file, question, dial in cases]
     assert [answer.wait().text for answer in answers] == alone
     assert max(spy.batches) >= 4
     for question, expected in zip(QUESTIONS, alone_logits, strict=True):

@@ -291,9 +291,10 @@ def test_an_error_in_a_batch_fails_the_guilty_one_only(
     record = driver.upload(two_chunks)
     expected = driver.ask(record, max_tokens=60).text
     model.forward = failing  # type: ignore[method-assign]
-    others = [driver.start(record, max_tokens=60) for _ in range(3)]
-    failed = driver.ask(record, "Where?", max_tokens=60)
-    assert isinstance(failed.error, reply)
+    with driver.held():
+        others = [driver.start(record, max_tokens=60) for _ in range(3)]
+        failed = driver.start(record, "Where?", max_tokens=60)
+    assert isinstance(failed.wait().error, reply)
     assert [other.wait().text for other in others] == [expected] * 3
     assert max(batches) > 1
     assert driver.ask(record, max_tokens=60).text == expected

@@ -110,7 +110,8 @@ def test_a_step_decoder_takes_what_decodes(
     steps = PlainSteps(model)
     model.step_decoder = lambda max_rows: steps  # type: ignore[method-assign]
     driver = drive(plain.store, model=model, share_kvs=True)
-    answers = [driver.start(record, **params) for record, params in cases]
+    with driver.held():
+        answers = [driver.start(record, **params) for record, params in cases]
     assert [answer.wait().text for answer in answers] == [answer.text for answer in expected]
     assert max(map(len, steps.batches)) > 1
     assert {row.temperature for batch in steps.batches for row in batch} == {0.0}, "top-k is drawn on the host"
