@@ -21,11 +21,17 @@ class ServerError(Exception):
 
 
 def connect(base_url: str, api_key: str) -> httpx.Client:
-    """A client for the server at ``base_url``. Answers may take as long as they take; connecting may not."""
+    """A client for the server at ``base_url``. Answers may take as long as they take; connecting may not.
+
+    An address without a scheme is one of http://. Raises ServerError for an address or a key that cannot be one."""
     root = base_url.rstrip("/").removesuffix("/v1")
+    if "://" not in root:
+        root = f"http://{root}"
     if not root.startswith(("http://", "https://")):
         raise ServerError(f"not a server address: {base_url}")
     key = api_key.split(",")[0].strip()  # a server's own list works as well
+    if not (key.isascii() and key.isprintable()):
+        raise ServerError("an API key is made of printable ASCII characters, which this one is not")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx.Client(base_url=root, headers=headers, timeout=httpx.Timeout(None, connect=10.0))
 

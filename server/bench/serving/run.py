@@ -204,14 +204,20 @@ def _prefill(video: UploadedVideo, parts: dict[str, Any]) -> dict[str, Any]:
 def _decode(
     served: Served, asker: Asker, videos: list[UploadedVideo], sizes: Sizes, floor: Floor, tell: Tell
 ) -> list[dict[str, Any]]:
+    most = max(video.low_tokens for video in videos)
     rows = []
-    for kv_tokens in sizes.kv_tokens:
+    for kv_tokens, asked in reachable(sizes.kv_tokens, most).items():
         for batch in sizes.batches:
             text = f"decode, {kv_tokens} KV tokens, batch {batch}"
             tick = lambda text=text: tell(text, 1)  # noqa: E731
             row = measure_decode(served, asker, videos, batch, kv_tokens, sizes.repeats, floor, tick)
-            rows.append({"asked_kv_tokens": kv_tokens, **row})
+            rows.append({"asked_kv_tokens": asked, **row})
     return rows
+
+
+def reachable(asked: Sequence[int], most: int) -> dict[int, int]:
+    """The KV tokens to measure, each once, with the number that was asked for: where no video has so many, ``most``."""
+    return {min(kv_tokens, most): kv_tokens for kv_tokens in reversed(sorted(asked))}
 
 
 def _ratio(served: Served) -> int:
