@@ -131,9 +131,7 @@ class Settings(BaseSettings):
 
 
 _SIZES = frozenset(
-    name
-    for name, field in Settings.model_fields.items()
-    if ByteSize in (field.annotation, *get_args(field.annotation))
+    name for name, field in Settings.model_fields.items() if ByteSize in (field.annotation, *get_args(field.annotation))
 )
 
 

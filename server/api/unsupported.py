@@ -59,7 +59,7 @@ def refuse_unsupported(fields: Mapping[str, Any] | None) -> None:
     for name in Dials.model_fields:
         if fields.get(name) is not None:
             raise bad_request(
-                f'{name} belongs in the object x2l: {{"x2l": {{"{name}": ...}}}} (with OpenAI\'s client, in extra_body)',
+                f'{name} belongs in the object x2l: {{"x2l": {{"{name}": ...}}}} (in OpenAI\'s client: extra_body)',
                 param=name,
                 code="unknown_parameter",
             )

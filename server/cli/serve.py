@@ -64,7 +64,7 @@ def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
     low_mb, high_mb = (nbytes / 1e6 for nbytes in _hour_nbytes(settings, spec, token_nbytes))
     chunk_s = spec.frames_per_chunk / spec.fps
     reload = spec.default_reload if settings.reload is None else settings.reload
-    modes = [f"{mode} up to {timedelta(seconds=int(most_s))}" for mode, most_s in _longest_videos(settings, model)]
+    modes = [f"{mode} up to {timedelta(seconds=int(most_s))}" for mode, most_s in longest_videos(settings, model)]
     served = f" as {settings.served_model_name}" if settings.served_model_name else ""
     return {
         "model": f"{spec.name}{served}, {num_parameters / 1e6:.1f} M parameters",
@@ -79,7 +79,7 @@ def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
     }
 
 
-def _longest_videos(settings: Settings, model: VideoModel) -> Iterator[tuple[str, float]]:
+def longest_videos(settings: Settings, model: VideoModel) -> Iterator[tuple[str, float]]:
     """The prefill modes that videos come to, in their order, each with the longest video in seconds; at the model's own
     sampling."""
     spec = model.spec

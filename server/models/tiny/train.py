@@ -331,7 +331,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, f"{parser.prog}: training needs a GPU with CUDA, and there is none (--device {options.device})\n")
+        parser.exit(
+            1, f"{parser.prog}: training needs a GPU with CUDA, and there is none (--device {options.device})\n"
+        )
     changes = {name: json.loads(value) for name, value in (item.split("=", 1) for item in options.set)}
     init = ""
     for name in [options.stage] if options.stage else STAGES:
