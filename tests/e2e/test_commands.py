@@ -172,7 +172,7 @@ def test_serve_says_what_it_does_and_stops_cleanly(tmp_path: Path, unused_port: 
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
         output = process.stdout.read() if process.stdout else ""
-    for word in (MODEL, "parameters", "cpu", store, "video-hour", "exact up to 1:39:59", str(unused_port)):
+    for word in (MODEL, "parameters", "cpu", store, "video-hour", "exact up to 1:40:00", str(unused_port)):
         assert word in output.replace("\n", "")
     assert "Traceback" not in output
 
