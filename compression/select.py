@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -64,18 +64,13 @@ def select(
     """Applies ``dial`` to one score per chunk, of one video or of several, one behind the other. Ties go to the earlier
     chunk.
 
-    Raises SelectionError: a chunk out of range, a budget below the all-H cache, an empty or reversed time range.
+    Raises SelectionError: a chunk out of range or of the time range, a budget below the all-H cache, an empty or
+    reversed time range.
     """
+    candidates = _in_range(dial, chunks)
     if dial.chunks is not None:
-        outside = [index for index in dial.chunks if not 0 <= index < len(chunks)]
-        if outside:
-            raise SelectionError(
-                f"chunk {outside[0]} is out of range: the video has chunks 0 to {len(chunks) - 1}", "chunks"
-            )
+        _check_named(dial.chunks, candidates, chunks)
         candidates = set(dial.chunks)
-    else:
-        candidates = set(range(len(chunks)))
-    candidates &= _in_range(dial, chunks)
     ranked = sorted(candidates, key=lambda index: (-scores[index], index))
     if dial.chunks is not None or dial.mode == "low":
         return Selection(tuple(ranked))
@@ -102,6 +97,19 @@ def fewest(scores: Sequence[float], share: float, most: int) -> tuple[int, ...]:
     reached = accumulate(scores[index] for index in ranked)
     count = 1 + sum(1 for together in reached if together < share * sum(scores))
     return tuple(ranked[: min(count, most)])
+
+
+def _check_named(named: Sequence[int], inside: Collection[int], chunks: Sequence[Chunk]) -> None:
+    for index in named:
+        if not 0 <= index < len(chunks):
+            raise SelectionError(
+                f"chunk {index} is out of range: the video has chunks 0 to {len(chunks) - 1}", "chunks"
+            )
+        if index not in inside:
+            chunk = chunks[index]
+            raise SelectionError(
+                f"chunk {index} ({chunk.start_s:g} to {chunk.end_s:g} s) lies outside start_s..end_s", "chunks"
+            )
 
 
 def _in_range(dial: Dial, chunks: Sequence[Chunk]) -> set[int]:

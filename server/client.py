@@ -21,13 +21,30 @@ class ServerError(Exception):
 
 
 def connect(base_url: str, api_key: str) -> httpx.Client:
-    """A client for the server at ``base_url``. Answers may take as long as they take; connecting may not."""
+    """A client for the server at ``base_url``. Answers may take as long as they take; connecting may not.
+
+    Raises ServerError for an address or a key that cannot be one."""
+    key = sendable_key(api_key)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=server_root(base_url), headers=headers, timeout=httpx.Timeout(None, connect=10.0))
+
+
+def server_root(base_url: str) -> str:
+    """The address without ``/v1``; one without a scheme is taken for http://. Raises ServerError."""
     root = base_url.rstrip("/").removesuffix("/v1")
+    if "://" not in root:
+        root = f"http://{root}"
     if not root.startswith(("http://", "https://")):
         raise ServerError(f"not a server address: {base_url}")
-    key = api_key.split(",")[0].strip()  # a server's own list works as well
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=root, headers=headers, timeout=httpx.Timeout(None, connect=10.0))
+    return root
+
+
+def sendable_key(api_key: str) -> str:
+    """A key as a header takes it; of a server's own list the first. Raises ServerError."""
+    key = api_key.split(",")[0].strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ServerError("an API key is made of printable ASCII characters, which this one is not")
+    return key
 
 
 def check(response: httpx.Response) -> httpx.Response:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -30,14 +31,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     model: str = Field("tiny", description="'tiny' (bundled), a model id or a path.")
+    served_model_name: str | None = Field(None, min_length=1, description="What clients call the model.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Precision of the model.")
     low_ratio: int | None = Field(None, ge=1, description="Ratio of the detailed KVs instead of the model's.")
     high_ratio: int | None = Field(None, ge=1, description="Ratio of the small KVs instead of the model's.")
     prefill_mode: str | None = Field(
-        None,
-        pattern=r"^(exact|high-memory|(recent|bounded)-[1-9]\d*)$",
-        description="What prefill sees of earlier chunks: exact, recent-N, high-memory or bounded-N.",
+        None, description="What prefill sees of earlier chunks: exact, recent-N, high-memory or bounded-N."
     )
     compressor: str | None = Field(
         None,
@@ -102,6 +102,20 @@ class Settings(BaseSettings):
             raise ValueError("an empty entry in the list")
         return tuple(str(part).strip() for part in parts)
 
+    @field_validator("api_key")
+    @classmethod
+    def _sendable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(key.isascii() and key.isprintable() for key in value):
+            raise ValueError("a key is made of printable ASCII characters")
+        return value
+
+    @field_validator("prefill_mode")
+    @classmethod
+    def _known_mode(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"exact|high-memory|(recent|bounded)-[1-9]\d*", value):
+            raise ValueError(f"must be exact, recent-N, high-memory or bounded-N, such as recent-2, not {value!r}")
+        return value
+
     @field_validator("allowed_local_media_path")
     @classmethod
     def _folder(cls, value: Path | None) -> Path | None:
@@ -114,6 +128,11 @@ class Settings(BaseSettings):
         if self.low_ratio is not None and self.high_ratio is not None and self.low_ratio > self.high_ratio:
             raise ValueError("low_ratio must not exceed high_ratio")
         return self
+
+
+_SIZES = frozenset(
+    name for name, field in Settings.model_fields.items() if ByteSize in (field.annotation, *get_args(field.annotation))
+)
 
 
 def load_settings(**options: Any) -> Settings:
@@ -133,4 +152,6 @@ def load_settings(**options: Any) -> Settings:
         name = str(first["loc"][0]) if first["loc"] else ""
         source = f"--{name.replace('_', '-')}" if name in given else PREFIX + name.upper()
         message = first["msg"].removeprefix("Value error, ")
+        if name in _SIZES:
+            message = f"must be a size such as 512MiB, not {str(first['input'])!r}"
         raise SettingsError(f"bad setting{f' {source}' if name else ''}: {message}") from None

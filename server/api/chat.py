@@ -15,7 +15,7 @@ from compression.select import Dial
 from server.api import sse
 from server.api.answer import Answer, unless_disconnected
 from server.api.context import Context, Services, Tenant
-from server.api.errors import ApiError, bad_request
+from server.api.errors import ApiError, bad_request, file_not_found
 from server.api.failures import api_error
 from server.api.images import see
 from server.api.inline import ingest
@@ -23,6 +23,7 @@ from server.api.messages import Conversation, parse_messages
 from server.api.schemas import ChatRequest
 from server.api.sources import Source
 from server.api.unsupported import refuse_unsupported
+from server.engine.errors import FileNotFound
 from server.engine.request import Outcome, Request, SamplingParams
 
 router = APIRouter()
@@ -52,7 +53,11 @@ async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: 
         images=images,
     )
     answer = Answer(services.engine, request)
-    await answer.start()
+    try:
+        await answer.start()
+    except FileNotFound as error:
+        named = [video.param for video in conversation.videos if video.location == error.file_id]
+        raise file_not_found(error.file_id, param=named[0] if named else "messages") from None
     try:
         if not body.stream:
             text, final, outcome = await unless_disconnected(http, answer.collect())
@@ -71,7 +76,7 @@ async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: 
 
 def require_model(services: Services, name: str) -> None:
     """Raises a 404 unless ``name`` is the model that is served."""
-    served = services.spec.name
+    served = services.model_name
     if name != served:
         raise ApiError(
             404,

@@ -34,6 +34,11 @@ class Services:
     stopping: bool = False
     started_at: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.settings.served_model_name or self.spec.name
+
     def check_open(self) -> None:
         """Raises ApiError (503) where nothing new is taken in any more."""
         if not self.engine.ready or self.stopping:

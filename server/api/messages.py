@@ -65,6 +65,8 @@ def _role(role: str) -> Role:
 
 
 def _content(message: Message, where: str) -> tuple[list[str], list[tuple[Kind, Source]]]:
+    if message.content is None and message.role == "assistant":
+        return [], []  # of an answer that was a tool's call, or that was cut off
     if message.content is None:
         raise bad_request(f"{where} is missing", param=where, code="missing_required_parameter")
     if isinstance(message.content, str):

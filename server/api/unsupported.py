@@ -1,4 +1,9 @@
-"""Fields of other servers that this one cannot honour: refused by name, accepted where they ask for nothing."""
+"""Fields that this server cannot honour: refused by name where they would change the answer.
+
+Accepted where they ask for nothing, and so are all unknown ones: what clients send by themselves and has nothing to
+act on here (``reasoning_effort``, ``verbosity``, ``chat_template_kwargs``, ``mm_processor_kwargs``,
+``parallel_tool_calls``, ``store``, ``metadata``, ``user``, ...). The dials count as a mistake outside ``x2l``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.api.errors import bad_request
+from server.api.schemas import Dials
 
 # Field -> the values that ask for nothing. None and absence always do; every other value is refused.
 _NO_OPS: Mapping[str, tuple[Any, ...]] = {
@@ -20,7 +26,6 @@ _NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1,),
     "min_p": (0,),
     "min_tokens": (0,),
-    "ignore_eos": (False,),
     "echo": (False,),
     "use_beam_search": (False,),
     "stop_token_ids": ([],),
@@ -33,11 +38,7 @@ _NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -53,8 +54,16 @@ _MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
 
 
 def refuse_unsupported(fields: Mapping[str, Any] | None) -> None:
-    """Raises a 400 that names the first request field this server cannot honour."""
-    _refuse(fields or {}, _NO_OPS, "")
+    """Raises a 400 that names the first request field this server cannot honour, or a dial outside ``x2l``."""
+    fields = fields or {}
+    for name in Dials.model_fields:
+        if fields.get(name) is not None:
+            raise bad_request(
+                f'{name} belongs in the object x2l: {{"x2l": {{"{name}": ...}}}} (in OpenAI\'s client: extra_body)',
+                param=name,
+                code="unknown_parameter",
+            )
+    _refuse(fields, _NO_OPS, "")
 
 
 def refuse_unsupported_in_message(fields: Mapping[str, Any] | None, where: str) -> None:

@@ -16,6 +16,7 @@ from compression.score import Scorer
 from compression.select import Dial
 from server.bench.reply import MAX_TOKENS, OWN, PHASES, Reply
 from server.bench.video import ServerUnusable, VideoRefused
+from server.client import sendable_key, server_root
 
 _CONCURRENCY = 8
 _TIMEOUT_S = 600.0
@@ -26,10 +27,11 @@ class RemoteBench:
     """A server. ``has_dials`` tells whether it is one of ours: only those can be told how much to re-load."""
 
     def __init__(self, base_url: str, *, api_key: str = "", model: str | None = None) -> None:
-        """``model`` None takes the first that the server lists. Raises ServerUnusable."""
-        root = base_url.rstrip("/").removesuffix("/v1")
+        """``model`` None takes the first that the server lists. Raises ServerUnusable, and ServerError
+        for an address or a key that cannot be one."""
+        root, key = server_root(base_url), sendable_key(api_key)
         # It tries nothing again: a refusal is a finding.
-        self.client = openai.OpenAI(base_url=f"{root}/v1", api_key=api_key or "none", max_retries=0, timeout=_TIMEOUT_S)
+        self.client = openai.OpenAI(base_url=f"{root}/v1", api_key=key or "none", max_retries=0, timeout=_TIMEOUT_S)
         try:
             served = {one.id: one for one in self.client.models.list()}
         except openai.OpenAIError as error:

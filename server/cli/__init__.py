@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import httpx
 import typer
@@ -12,13 +14,30 @@ from server.cli import ask, bench, demo, files, make_video, serve
 from server.client import ServerError
 from server.config import SettingsError
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"x2l {version('video-x2l-server')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="x2l",
-    help="Ask long videos questions.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # in a box of 80 columns, half of what x2l serve --help has to say would be cut off
 )
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Ask long videos questions."""
+
+
 serve.add_to(app)
 files.add_to(app)
 ask.add_to(app)

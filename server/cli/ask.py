@@ -22,8 +22,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def ask(
-    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID...", help="Ids that x2l upload printed.")],
-    question: Annotated[str, typer.Argument(help="The question.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE_ID QUESTION", help="Ids that x2l upload printed, then the question in quotes."),
+    ],
     reload: Annotated[int | None, typer.Option(min=0, help="Chunks to re-load.")] = None,
     budget_tokens: Annotated[int | None, typer.Option(min=1, help="Bound of the whole mixed cache.")] = None,
     chunks: Annotated[str | None, typer.Option(help="Exactly these chunks, like 3,7.")] = None,
@@ -40,6 +42,7 @@ def ask(
 
     Prints the answer as it comes, then the evidence.
     """
+    *file_ids, question = _with_all_said(words)
     dials = {
         "reload": reload,
         "budget_tokens": budget_tokens,
@@ -104,6 +107,20 @@ def print_evidence(x2l: dict[str, Any], console: Console) -> None:
     degraded = ", degraded" if x2l["degraded"] else ""
     spent = ", ".join(f"{name} {value:.0f} ms" for name, value in timings.items())
     console.print(f"{tokens['mixed']} KV tokens of {tokens['low']}{degraded}; {spent}", highlight=False)
+
+
+def _with_all_said(words: list[str]) -> list[str]:
+    """``words``, once they are known to hold ids and a question."""
+    missing = ""
+    if words[-1].startswith("file-") and len(words[-1].split()) == 1:
+        missing = "the question is missing"
+    elif len(words) == 1:
+        missing = "the file's id is missing (x2l upload prints it, x2l files lists it)"
+    elif not words[-1].strip():
+        missing = "the question is empty"
+    if missing:
+        raise typer.BadParameter(f'{missing}: x2l ask FILE_ID "QUESTION"', param_hint="FILE_ID QUESTION")
+    return words
 
 
 def _indices(text: str | None) -> list[int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,10 +64,10 @@ def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
     low_mb, high_mb = (nbytes / 1e6 for nbytes in _hour_nbytes(settings, spec, token_nbytes))
     chunk_s = spec.frames_per_chunk / spec.fps
     reload = spec.default_reload if settings.reload is None else settings.reload
-    longest = model.prefill_modes(*_TYPICAL_PIXELS, spec.fps)
-    modes = [f"{mode} up to {timedelta(seconds=int(most / spec.fps))}" for mode, most in longest]
+    modes = [f"{mode} up to {timedelta(seconds=int(most_s))}" for mode, most_s in longest_videos(settings, model)]
+    served = f" as {settings.served_model_name}" if settings.served_model_name else ""
     return {
-        "model": f"{spec.name}, {num_parameters / 1e6:.1f} M parameters",
+        "model": f"{spec.name}{served}, {num_parameters / 1e6:.1f} M parameters",
         "device": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",
         "store": without_password(settings.store),
         "chunk": f"{spec.frames_per_chunk} frames of {spec.tokens_per_frame} tokens, {chunk_s:g} s at {spec.fps:g} fps",
@@ -77,6 +77,21 @@ def _summary(settings: Settings, model: VideoModel) -> dict[str, str]:
         "size": f"{low_mb:.1f} MB (detailed) and {high_mb:.1f} MB (small) of KVs per video-hour",
         "access": f"{len(settings.api_key)} API keys" if settings.api_key else "no API key",
     }
+
+
+def longest_videos(settings: Settings, model: VideoModel) -> Iterator[tuple[str, float]]:
+    """The prefill modes that videos come to, in their order, each with the longest video in seconds; at the model's own
+    sampling."""
+    spec = model.spec
+    bound_s = min(settings.max_duration_s, settings.max_frames / spec.fps)
+    if spec.max_duration_s is not None:
+        bound_s = min(bound_s, spec.max_duration_s)
+    before_s = 0.0
+    for mode, num_frames in model.prefill_modes(*_TYPICAL_PIXELS, spec.fps):
+        most_s = min(num_frames / spec.fps, bound_s)
+        if most_s > before_s:
+            yield mode, most_s
+            before_s = most_s
 
 
 def _hour_nbytes(settings: Settings, spec: ModelSpec, token_nbytes: int) -> tuple[float, float]:

@@ -247,6 +247,9 @@ class Engine:
         else:
             question.read_text_only(self._model.prefix())
             question.phase = Phase.PREFILL
+        if question.phase.running and not question.had_slot:
+            question.had_slot = True
+            self.metrics.queue_seconds.observe(time.perf_counter() - question.submitted_s)
 
     def _video_changed(self, key: KVKey) -> None:
         self._residency.video_changed(key, self._scheduler)
@@ -319,6 +322,8 @@ class Engine:
     def _accept(self, token: int, question: Question) -> None:
         before = question.num_tokens
         delta = question.accept(token)
+        if question.num_tokens > before == 0:
+            self.metrics.first_token_seconds.observe(time.perf_counter() - question.submitted_s)
         self.metrics.tokens.inc(question.num_tokens - before)
         self._emit(question, delta)
 

@@ -41,6 +41,9 @@ class EngineMetrics:
         """Takes functions that tell the gauges' values when they are asked for; from any thread."""
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("x2l_requests", "Requests ended, by how", ["outcome"], registry=registry)
+        self.prompt_tokens = Counter(
+            "x2l_prompt_tokens", "Tokens of prompts, without the videos' KVs, which are not computed", registry=registry
+        )
         self.tokens = Counter("x2l_generated_tokens", "Tokens generated", registry=registry)
         self.reload_bytes = Counter(
             "x2l_reload_bytes", "Bytes of L-KVs for questions, by where they were", ["tier"], registry=registry
@@ -53,6 +56,10 @@ class EngineMetrics:
         self.degraded = Counter("x2l_degraded", "Answers in which an H-KV stood in for an L-KV", registry=registry)
         self.chunks = Counter("x2l_prefilled_chunks", "Chunks of uploads prefilled", registry=registry)
         self.batch = Histogram("x2l_batch_size", "Sequences in a forward pass", buckets=_BATCH, registry=registry)
+        self.queue_seconds = self._seconds("x2l_queue_seconds", "Time from a question's submission to its slot")
+        self.first_token_seconds = self._seconds(
+            "x2l_first_token_seconds", "Time from a question's submission to the first token of its answer"
+        )
         self.chunk_seconds = self._seconds("x2l_prefill_chunk_seconds", "Time to prefill one chunk of an upload")
         self.phases = {
             phase: self._seconds(f"x2l_{phase}_seconds", f"Time of a question's {phase} phase")
@@ -80,6 +87,7 @@ class EngineMetrics:
     def answered(self, outcome: Outcome) -> None:
         """Counts a request that has ended well."""
         self.requests.labels("ok").inc()
+        self.prompt_tokens.inc(outcome.prompt_tokens - outcome.cached_tokens)
         self.degraded.inc(outcome.degraded)
         times_ms = {
             "score": outcome.score_ms,

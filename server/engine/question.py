@@ -95,6 +95,8 @@ class Question:
         self.num_tokens = 0
         """Drawn so far."""
         self._max_tokens = self._room(0)
+        self.submitted_s = time.perf_counter()
+        self.had_slot = False
         self._lap_s = time.perf_counter()
         self._ms = {"score": 0.0, "reload": 0.0, "prefill": 0.0, "decode": 0.0}
 

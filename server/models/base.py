@@ -35,6 +35,15 @@ class Turn:
     text: str
 
 
+def check_ratios(low_ratio: int, high_ratio: int) -> None:
+    """Raises ValueError, naming the options of ``x2l serve``, unless H-KVs are at most as many as L-KVs."""
+    if not 1 <= low_ratio <= high_ratio:
+        raise ValueError(
+            f"low ratio {low_ratio} must not exceed high ratio {high_ratio} (--low-ratio and --high-ratio; the model's "
+            "own where one is not given)"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What the server must know of a model besides its weights."""

@@ -38,7 +38,7 @@ def test_explicit_chunks_come_best_first_and_once() -> None:
 def test_a_time_range_limits_the_candidates_of_every_dial() -> None:
     assert chosen(start_s=0.0, end_s=33.0) == (1, 2, 0)
     assert chosen(mode="low", start_s=90.0) == (5,)
-    assert chosen(chunks=(0, 5), end_s=16.0) == (0,)
+    assert chosen(chunks=(0, 1), end_s=20.0) == (1, 0)
 
 
 def test_chunks_of_several_videos_are_numbered_through() -> None:
@@ -56,6 +56,8 @@ def test_chunks_of_several_videos_are_numbered_through() -> None:
     [
         ({"chunks": (6,)}, "chunks"),
         ({"chunks": (-1,)}, "chunks"),
+        ({"chunks": (0, 5), "end_s": 16.0}, "chunks"),
+        ({"chunks": (0,), "start_s": 90.0}, "chunks"),
         ({"budget_tokens": 32}, "budget_tokens"),
         ({"start_s": 5.0, "end_s": 5.0}, "start_s"),
         ({"start_s": 96.0}, "start_s"),

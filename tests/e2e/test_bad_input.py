@@ -153,9 +153,11 @@ def test_unknown_and_deleted_files(live: Live, client: openai.OpenAI, video: Pat
             )
         refusal(httpx.delete(f"{live.url}/v1/files/{file_id}"), 404)
     refusal(post(live, f"/v1/files/{deleted}/relevance", json={"question": "What?"}), 404)
-    with pytest.raises(openai.NotFoundError) as refused:
-        client.chat.completions.create(model=MODEL, messages=ask(deleted))
-    assert refused.value.code == "file_not_found"
+    for file_id in (deleted, "nonsense"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.chat.completions.create(model=MODEL, messages=ask(file_id))
+        assert refused.value.code == "file_not_found"
+        assert refused.value.param == "messages[0].content[0].file.file_id"
 
 
 def chat(live: Live, body: Any) -> httpx.Response:
@@ -182,6 +184,7 @@ def chat(live: Live, body: Any) -> httpx.Response:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"x2l": {"reload": 1, "budget_tokens": 500}}, "x2l"),
         ({"x2l": "much"}, "x2l"),
+        ({"reload": 3}, "reload"),
     ],
 )
 def test_chat_fields(live: Live, body: dict[str, Any], param: str) -> None:
@@ -202,6 +205,7 @@ def test_dials_that_the_video_cannot_meet(live: Live, file_id: str, stream: bool
         ({"budget_tokens": 1}, "x2l.budget_tokens"),
         ({"start_s": 20, "end_s": 10}, "x2l.start_s"),
         ({"start_s": 1000}, "x2l.start_s"),
+        ({"start_s": 40, "end_s": 60, "chunks": [0]}, "x2l.chunks"),
     ):
         reply = chat(live, {"messages": ask(file_id), "x2l": dials, "stream": stream})
         assert refusal(reply, 400)["param"] == param

@@ -17,7 +17,16 @@ def test_it_measures_every_row_and_leaves_nothing_behind(tmp_path: Path, monkeyp
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the servers: tests share the cores
     arguments = ["--minutes", "2", "--load-minutes", "1", "--videos", "1", "--concurrency", "2", "--repeats", "1"]
-    arguments += ["--batches", "1,2", "--kv-tokens", "100", "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    arguments += [
+        "--batches",
+        "1,2",
+        "--kv-tokens",
+        "100,2000,3000",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
     ran = CliRunner().invoke(x2l, ["bench", "serving", *arguments])
     assert ran.exit_code == 0, ran.stderr
     result = json.loads((tmp_path / "out.json").read_text())
@@ -28,8 +37,12 @@ def test_it_measures_every_row_and_leaves_nothing_behind(tmp_path: Path, monkeyp
     for tier, row in follow_up.items():
         assert row["from_tier"] == 1.0, tier  # each question has read its L-KVs from there
         assert row["reload_bytes"] > 0 and row["whole_low_chunks"] == [4, 4]
-    assert [(row["batch"], row["full"]) for row in result["decode"]] == [(1, True), (2, True)]
-    assert all(100 >= row["kv_tokens"] > 50 for row in result["decode"])
+    few, whole = result["decode"][:2], result["decode"][2:]  # nothing has 2,000 KV tokens, and still less 3,000
+    assert [(row["batch"], row["full"]) for row in few] == [(row["batch"], row["full"]) for row in whole]
+    assert [(row["batch"], row["full"]) for row in few] == [(1, True), (2, True)]
+    assert all(100 >= row["kv_tokens"] > 50 for row in few)
+    assert {(row["asked_kv_tokens"], row["all_kv_tokens"]) for row in whole} == {(2000, True)}
+    assert ran.stdout.count("2000 were asked for") == 2 and "no video has more than" in ran.stderr
     assert result["load"]["failures"] == 0
     assert 0.9 < result["resident"]["over_floor"] < 3  # the prefix of so short a video counts
     assert "full-KV prefix caching" in ran.stdout and len(ran.stdout.splitlines()) == len(result["table"]) + 1

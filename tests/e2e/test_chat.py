@@ -131,7 +131,18 @@ def test_sampling(client: openai.OpenAI, file_id: str) -> None:
 
 
 def test_defaults_and_harmless_fields_are_accepted(client: openai.OpenAI, file_id: str) -> None:
-    complete(client, ask(file_id), n=1, presence_penalty=0, logprobs=False, user="me", store=False, metadata={"a": "b"})
+    plain = complete(client, ask(file_id)).choices[0].message.content
+    harmless = {
+        "chat_template_kwargs": {"enable_thinking": False},
+        "mm_processor_kwargs": {"fps": 2},
+        "reasoning_effort": "high",
+        "verbosity": "low",
+        "parallel_tool_calls": True,
+        "prompt_cache_key": "k",
+    }
+    usual = {"n": 1, "presence_penalty": 0, "logprobs": False, "user": "me", "store": False, "metadata": {"a": "b"}}
+    reply = complete(client, ask(file_id), **usual, extra_body=harmless)
+    assert reply.choices[0].message.content == plain
 
 
 def test_a_file_that_is_still_prefilling_is_waited_for(client: openai.OpenAI, live: Live, video: Path) -> None:

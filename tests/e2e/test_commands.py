@@ -110,6 +110,7 @@ def test_make_video(tmp_path: Path) -> None:
         (("--host", "192.0.2.1"), {"X2L_STORE": "memory://"}, "192.0.2.1"),
         ((), {"X2L_PROT": "1"}, "X2L_PROT"),
         ((), {"X2L_MAX_QUEUE": "none"}, "X2L_MAX_QUEUE"),
+        (("--low-ratio", "64"), {"X2L_STORE": "memory://"}, "--high-ratio"),
     ],
 )
 def test_a_bad_setting_stops_the_start(arguments: tuple[str, ...], variables: dict[str, str], word: str) -> None:
@@ -171,7 +172,7 @@ def test_serve_says_what_it_does_and_stops_cleanly(tmp_path: Path, unused_port: 
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
         output = process.stdout.read() if process.stdout else ""
-    for word in (MODEL, "parameters", "cpu", store, "video-hour", str(unused_port)):
+    for word in (MODEL, "parameters", "cpu", store, "video-hour", "exact up to 1:40:00", str(unused_port)):
         assert word in output.replace("\n", "")
     assert "Traceback" not in output
 

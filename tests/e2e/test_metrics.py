@@ -38,6 +38,10 @@ def test_everything_that_was_done_is_counted(serve: Serve, video: Path, tmp_path
     tokens = sum(answer.usage.completion_tokens for answer in (cold, warm))
     assert after["x2l_generated_tokens_total"] == tokens
     assert after["x2l_requests_total ok"] == 2 and after["x2l_degraded_total"] == 0
+    prompts = [answer.usage.prompt_tokens - answer.usage.prompt_tokens_details.cached_tokens for answer in (cold, warm)]
+    assert after["x2l_prompt_tokens_total"] == sum(prompts) > 0
+    assert after["x2l_queue_seconds_count"] == after["x2l_first_token_seconds_count"] == 2
+    assert 0 < after["x2l_queue_seconds_sum"] < after["x2l_first_token_seconds_sum"]
     for phase in ("score", "prefill", "decode"):
         assert after[f"x2l_{phase}_seconds_count"] == 2
         assert after[f"x2l_{phase}_seconds_sum"] > 0

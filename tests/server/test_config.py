@@ -32,6 +32,8 @@ def test_the_default_store_is_a_folder_of_the_user(monkeypatch: pytest.MonkeyPat
         ("X2L_DEVICE", "abacus"),
         ("X2L_PREFILL_MODE", "recent-0"),
         ("X2L_API_KEY", "one,,two"),
+        ("X2L_API_KEY", "one,é"),
+        ("X2L_SERVED_MODEL_NAME", ""),
         ("X2L_ALLOWED_LOCAL_MEDIA_PATH", "/no/such/folder"),
     ],
 )
@@ -48,6 +50,20 @@ def test_a_bad_option_is_named_as_such() -> None:
         load_settings(max_queue="0")
     with pytest.raises(SettingsError, match="low_ratio"):
         load_settings(low_ratio=16, high_ratio=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "hint"),
+    [
+        ("gpu_kv_budget", "-1", "a size such as 512MiB, not '-1'"),
+        ("store_cache_bytes", "lots", "a size such as 512MiB, not 'lots'"),
+        ("prefill_mode", "fast", "exact, recent-N, high-memory or bounded-N"),
+    ],
+)
+def test_a_bad_option_tells_what_would_be_good(option: str, value: str, hint: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings(**{option: value})
+    assert hint in str(error.value) and f"--{option.replace('_', '-')}" in str(error.value)
 
 
 def test_settings_are_frozen() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,14 +204,27 @@ def _prefill(video: UploadedVideo, parts: dict[str, Any]) -> dict[str, Any]:
 def _decode(
     served: Served, asker: Asker, videos: list[UploadedVideo], sizes: Sizes, floor: Floor, tell: Tell
 ) -> list[dict[str, Any]]:
+    most = max(video.low_tokens for video in videos)
+    reached = reachable(sizes.kv_tokens, most)
+    if max(sizes.kv_tokens) > most:
+        num_dropped = len(sizes.kv_tokens) - len(reached)
+        tell(f"decode: no video has more than {most} KV tokens", num_dropped * len(sizes.batches) * sizes.repeats)
     rows = []
-    for kv_tokens in sizes.kv_tokens:
+    for kv_tokens, asked in reached.items():
         for batch in sizes.batches:
             text = f"decode, {kv_tokens} KV tokens, batch {batch}"
             tick = lambda text=text: tell(text, 1)  # noqa: E731
             row = measure_decode(served, asker, videos, batch, kv_tokens, sizes.repeats, floor, tick)
-            rows.append({"asked_kv_tokens": kv_tokens, **row})
+            rows.append({"asked_kv_tokens": asked, "all_kv_tokens": asked > most, **row})
     return rows
+
+
+def reachable(asked: Sequence[int], most: int) -> dict[int, int]:
+    """The KV tokens to measure, each once, with the number that was asked for: where no video has so many, ``most``."""
+    reached: dict[int, int] = {}
+    for kv_tokens in sorted(asked):
+        reached.setdefault(min(kv_tokens, most), kv_tokens)
+    return reached
 
 
 def _ratio(served: Served) -> int:

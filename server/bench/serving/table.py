@@ -82,8 +82,9 @@ def _follow_up(part: Mapping[str, Any]) -> Iterator[Row]:
 def _decode(part: Mapping[str, Any]) -> Row:
     least = _LEAST_OF_FLOOR.get(part["batch"])
     filled = "" if part["full"] else f" (only {part['rows_in_a_pass']:g} rows in a pass)"
+    whole = f" (all of a video; {part['asked_kv_tokens']} were asked for)" if part.get("all_kv_tokens") else ""
     return Row(
-        f"decode, batch {part['batch']}, {part['kv_tokens']} KV tokens each{filled}",
+        f"decode, batch {part['batch']}, {part['kv_tokens']} KV tokens each{whole}{filled}",
         part["step_ms"],
         "ms a step",
         part["floor_ms"],

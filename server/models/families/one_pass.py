@@ -18,7 +18,7 @@ from compression.compressor import RawChunk, both_levels, num_kept
 from compression.kv import ChunkKV
 from compression.methods import COMPRESSORS
 from compression.score import Scorer
-from server.models.base import ModelSpec, PositionLimitError
+from server.models.base import ModelSpec, PositionLimitError, check_ratios
 from server.models.device import indices, to_device
 from server.models.lm.decoder import LanguageModel, Window
 from server.models.lm.decoder_model import DecoderModel, PromptConfig, stack
@@ -52,8 +52,7 @@ class OnePassConfig:
         Past.of(self.prefill_mode)
         if self.compressor not in COMPRESSORS:
             raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}, not {self.compressor!r}")
-        if not 1 <= self.low_ratio <= self.high_ratio:
-            raise ValueError(f"low_ratio {self.low_ratio} must not exceed high_ratio {self.high_ratio}")
+        check_ratios(self.low_ratio, self.high_ratio)
 
 
 @dataclass(frozen=True, slots=True)

@@ -330,6 +330,10 @@ def main() -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the recipes"
     )
     options = parser.parse_args()
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.exit(
+            1, f"{parser.prog}: training needs a GPU with CUDA, and there is none (--device {options.device})\n"
+        )
     changes = {name: json.loads(value) for name, value in (item.split("=", 1) for item in options.set)}
     init = ""
     for name in [options.stage] if options.stage else STAGES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from server.models.base import check_ratios
 from server.models.memory import Past
 
 
@@ -15,7 +16,7 @@ class CompressionConfig:
     ``edge_ratio`` is the ratio of the first and the last chunk at BOTH levels (2 in Video-X2L; None: no edge rule, as
     in Video-XL). ``carry`` tells whether visual tokens behind a chunk's last VST count towards the next chunk's first.
     ``prefill_mode`` tells what a chunk's passes see of the chunks before it (server.models.memory); ``exact`` is as
-    published. Raises ValueError for a name that does not exist.
+    published. Raises ValueError for a name that does not exist, and for a low ratio above the high one.
     """
 
     low_ratio: int = 2
@@ -26,6 +27,7 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         Past.of(self.prefill_mode)
+        check_ratios(self.low_ratio, self.high_ratio)
 
     @property
     def past(self) -> Past:
@@ -47,7 +49,7 @@ def read_compression(
     prefill_mode: str | None = None,
 ) -> CompressionConfig:
     """The compression part of ``config.json``; what it leaves open is Video-X2L's published setting. The arguments
-    override it (equal ratios: one uniform compression). Raises ValueError for a mode that does not exist."""
+    override it (equal ratios: one uniform compression). Raises ValueError as CompressionConfig does."""
     default = CompressionConfig()
     return CompressionConfig(
         low_ratio=low_ratio or config.get("low_cmpr_ratio", default.low_ratio),

@@ -57,6 +57,11 @@ def test_turns_keep_their_order_and_the_video_may_stand_early() -> None:
     )
 
 
+def test_an_answer_without_content_is_an_empty_one() -> None:
+    conversation = parse(user(STORED, TEXT), {"role": "assistant", "content": None}, user(TEXT))
+    assert conversation.turns == (Turn("user", "why?"), Turn("user", "why?"))
+
+
 def test_the_same_video_twice_is_one_video() -> None:
     again = parse(user(STORED, TEXT), {"role": "assistant", "content": "a"}, user(STORED, TEXT))
     assert [video.location for video in again.videos] == ["file-1"]
@@ -102,7 +107,7 @@ def test_videos_and_images_keep_their_order() -> None:
         ([user(TEXT, {"type": "file", "file": {"file_data": "AAAA"}})], "messages[0].content[1].file.file_data"),
         ([user(TEXT, {"type": "video_url", "video_url": {"url": "ftp://a"}})], "messages[0].content[1].video_url.url"),
         ([{"role": "system", "content": [STORED]}, user(TEXT)], "messages[0].content[0]"),
-        ([{"role": "assistant", "content": None}, user(TEXT)], "messages[0].content"),
+        ([{"role": "system", "content": None}, user(TEXT)], "messages[0].content"),
         ([{"role": "assistant", "tool_calls": [{"id": "1"}]}, user(TEXT)], "messages[0].tool_calls"),
     ],
 )

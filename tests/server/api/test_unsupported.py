@@ -15,6 +15,9 @@ from server.api.unsupported import refuse_unsupported
         {"tools": [], "tool_choice": "auto", "logit_bias": {}, "response_format": {"type": "text"}},
         {"n": None, "tools": None, "audio": None, "modalities": ["text"]},
         {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prompt_cache_key": "k"},
+        {"reasoning_effort": "high", "verbosity": "low", "parallel_tool_calls": True, "safety_identifier": "s"},
+        {"chat_template_kwargs": {"enable_thinking": False}, "mm_processor_kwargs": {"max_pixels": 5}},
+        {"reload": None, "relaod": 3},
     ],
 )
 def test_what_asks_for_nothing_passes(fields: dict[str, Any]) -> None:
@@ -40,4 +43,11 @@ def test_what_asks_for_nothing_passes(fields: dict[str, Any]) -> None:
 def test_what_cannot_be_honoured_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ApiError) as refused:
         refuse_unsupported({"user": "me", name: value})
+    assert (refused.value.status_code, refused.value.param) == (400, name)
+
+
+@pytest.mark.parametrize("name", ["reload", "budget_tokens", "chunks", "mode", "start_s", "end_s"])
+def test_a_dial_outside_x2l_is_told_where_it_belongs(name: str) -> None:
+    with pytest.raises(ApiError, match=f'"x2l": {{"{name}"') as refused:
+        refuse_unsupported({name: 0})
     assert (refused.value.status_code, refused.value.param) == (400, name)

@@ -13,7 +13,7 @@ from server.models.base import ModelSpec, PositionLimitError
 from server.models.memory import CHEAPER, Past, room_to_ask
 from server.models.positions import longest_video
 from server.models.registry import load_model
-from server.models.videoxl.compression_config import CompressionConfig
+from server.models.videoxl.compression_config import CompressionConfig, read_compression
 from server.models.videoxl.model import VideoXL
 
 SPEC_7B = ModelSpec(
@@ -59,6 +59,12 @@ def test_what_a_mode_sees(mode: str, seen: list[tuple[int, int]]) -> None:
 def test_other_names_are_refused(mode: str) -> None:
     with pytest.raises(ValueError, match="prefill_mode must be exact, recent-N, high-memory or bounded-N"):
         CompressionConfig(prefill_mode=mode)
+
+
+@pytest.mark.parametrize("ratio", [{"low_ratio": 64}, {"high_ratio": 1}])
+def test_one_ratio_is_held_against_the_models_other(ratio: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"must not exceed .*--low-ratio and --high-ratio"):
+        read_compression({}, **ratio)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from server.bench.serving.floor import Floor
 from server.bench.serving.follow_up import summarize as summarize_follow_up
 from server.bench.serving.hardware import Paces
 from server.bench.serving.resident import full_cache
-from server.bench.serving.run import Sizes
+from server.bench.serving.run import Sizes, reachable
 from server.bench.serving.table import format_table, make_table
 
 FLOOR = Floor(Paces(copy=1e6, to_device=1e6, matmul=1e9), weight_nbytes=1000, token_nbytes=10)
@@ -30,6 +30,11 @@ def test_decode_takes_medians_and_leaves_nothing_of_the_time_out():
     assert (row["engine_ms_per_token"], row["http_ms_per_token"], row["overhead_ms_per_token"]) == (1.0, 0.5, 1.5)
     assert row["floor_ms"] == 7.0 and row["of_floor"] == pytest.approx(7 / 12, abs=1e-3)
     assert not summarize(windows, 4, 600, FLOOR)["full"]  # half of the rows were missing
+
+
+def test_caches_larger_than_any_video_are_measured_once():
+    assert reachable((300, 500, 100), 250) == {100: 100, 250: 300}
+    assert reachable((100, 100, 250), 250) == {100: 100, 250: 250}
 
 
 def test_follow_up_scales_the_whole_re_load_to_all_chunks():

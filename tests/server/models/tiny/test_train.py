@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from server.models.tiny.recipe import LEVELS, STAGES, Recipe, draw_ratios
-from server.models.tiny.train import Trainer
+from server.models.tiny.train import Trainer, main
 
 SMALL = Recipe(steps=2, batch=1, num_chunks=1, phrasings=10)
 
@@ -51,3 +51,14 @@ def test_ratios_always_fit_the_packed_sequence(whole: Trainer) -> None:
         for _ in range(300):
             ratios = draw_ratios(whole.rng, STAGES["1-codes"], level, whole.shape)
             assert sum(whole.shape.chunk_tokens // ratio for ratio in ratios) <= whole.shape.memory
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_cuda_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "CUDA" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
