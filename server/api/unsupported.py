@@ -1,8 +1,7 @@
 """Fields that this server cannot honour: refused by name where they would change the answer.
 
 Accepted where they ask for nothing, and so are all unknown ones: what clients send by themselves and has nothing to
-act on here (``reasoning_effort``, ``verbosity``, ``chat_template_kwargs``, ``mm_processor_kwargs``,
-``parallel_tool_calls``, ``store``, ``metadata``, ``user``, ...). The dials count as a mistake outside ``x2l``.
+act on here (``reasoning_effort``, ``verbosity``, ``chat_template_kwargs``, ``parallel_tool_calls``, ``store``, ``metadata``, ``user``, ...). The dials count as a mistake outside ``x2l``.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ _NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "chat_template": (),
+    "mm_processor_kwargs": ({},),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),

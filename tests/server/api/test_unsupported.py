@@ -16,7 +16,7 @@ from server.api.unsupported import refuse_unsupported
         {"n": None, "tools": None, "audio": None, "modalities": ["text"]},
         {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prompt_cache_key": "k"},
         {"reasoning_effort": "high", "verbosity": "low", "parallel_tool_calls": True, "safety_identifier": "s"},
-        {"chat_template_kwargs": {"enable_thinking": False}, "mm_processor_kwargs": {"max_pixels": 5}},
+        {"chat_template_kwargs": {"enable_thinking": False}, "mm_processor_kwargs": {}},
         {"reload": None, "relaod": 3},
     ],
 )
