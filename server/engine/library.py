@@ -159,7 +159,7 @@ class Library:
                     self._records.put(record)
             except StoreError:
                 with suppress(StoreError):  # no file refers to the bytes that were kept, unless another one does
-                    self._videos.clear(key, record.content)
+                    self._videos.clear(key, record.sampled, record.content)
                 raise
             taken = self._videos.take(record, manifest, path, info)
             return self._videos.snapshot(record)
@@ -315,7 +315,7 @@ class Library:
                     return False
             deleted = self._records.delete(record)  # and forgotten by that
         self._videos.wait_stopped(record)
-        self._videos.clear(self._videos.key_of(record), record.content)
+        self._videos.clear(self._videos.key_of(record), record.sampled, record.content)
         return deleted
 
     def _adopt(self, records: Sequence[FileRecord]) -> None:

@@ -236,6 +236,7 @@ class Prefills:
         ingest = job.ingest
         path = job.path or self._restore(video.content)
         try:
+            self._videos.note(video.key, video.sampled)
             self._on_ingest(ingest)
             manifest, high = ingest.run(path, video.sampling, self._limits)
         finally:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from compression.chunk import Chunk
 from kvstore.errors import CorruptBlob
-from kvstore.key import ContentKey
+from kvstore.key import ContentKey, SampledKey
 from server.video.reader import Sampling
 
 FileStatus = Literal["uploaded", "processed", "error"]
@@ -90,6 +90,11 @@ class FileRecord:
     def content(self) -> ContentKey:
         """The key of the kept bytes."""
         return ContentKey.of(self.content_sha256, self.tenant)
+
+    @property
+    def sampled(self) -> SampledKey:
+        """The key of what its KVs are made of."""
+        return SampledKey.of(self.content_sha256, self.sampling.fps, self.sampling.max_frames, self.tenant)
 
     @property
     def expired(self) -> bool:

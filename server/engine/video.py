@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.codec import Precision
-from kvstore.key import ContentKey, Fingerprint, KVKey
+from kvstore.key import ContentKey, Fingerprint, KVKey, SampledKey
 from kvstore.manifest import ChunkRecord, Manifest
 from server.engine.ingest import Ingest, plan_chunks
 from server.engine.record import FileStatus, VideoStatus
@@ -55,6 +55,7 @@ class Video:
 
     key: KVKey
     content: ContentKey
+    sampled: SampledKey
     fingerprint: Fingerprint
     sampling: Sampling
     manifest: Manifest | None = None

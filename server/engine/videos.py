@@ -17,7 +17,7 @@ import torch
 from kvstore.base import Store
 from kvstore.content import ContentStore
 from kvstore.errors import CorruptBlob, PoolError, StoreError
-from kvstore.key import ContentKey, KVKey
+from kvstore.key import ContentKey, KVKey, SampledKey
 from kvstore.manifest import Manifest
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
@@ -109,7 +109,7 @@ class Videos:
             video = self._known.get(key)
             if video is None:
                 fingerprint = fingerprint_of(self._model, record.sampling, self._options.low_precision)
-                video = self._known[key] = Video(key, record.content, fingerprint, record.sampling)
+                video = self._known[key] = Video(key, record.content, record.sampled, fingerprint, record.sampling)
         return video
 
     def look(self, record: FileRecord) -> Video:
@@ -198,13 +198,15 @@ class Videos:
         """Waits until a prefill that was stopped has cleaned up."""
         self._prefills.wait_stopped(self.key_of(record), _STOP_TIMEOUT_S)
 
-    def clear(self, key: KVKey, content: ContentKey) -> None:
-        """Removes what no file refers to any more."""
+    def clear(self, key: KVKey, sampled: SampledKey, content: ContentKey) -> None:
+        """Removes what no file refers to any more: the KVs under ``key`` with all others made of ``sampled``, also by a
+        server with other settings, and the kept bytes. Whoever is still making some stops by itself and clears them."""
         with self._records.changing(content):
-            records = self._records.all()
-            if all(self.key_of(record) != key for record in records):
-                self._kvs.delete(key)
-            if all(record.content != content for record in records):
+            left = [record for record in self._records.all() if record.content == content]
+            if all(record.sampled != sampled for record in left):
+                self._kvs.delete(key)  # first, and in any case: a store's older KVs have no note
+                self._kvs.delete_made_of(sampled)
+            if not left:
                 self._contents.delete(content)
 
     def busy(self) -> Sequence[Video]:
@@ -285,7 +287,7 @@ class Videos:
             if wanted and video.error is not None:
                 self._kvs.delete(video.key)
             if not wanted or (result is not None and not self._save(video)):
-                self.clear(video.key, video.content)
+                self.clear(video.key, video.sampled, video.content)
         except StoreError as error:
             _log.error("the end of a prefill could not be written down: %s", error)
         self._on_change(video.key)

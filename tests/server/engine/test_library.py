@@ -152,6 +152,40 @@ def test_deleting_the_last_file_leaves_nothing(drive: Drive, two_chunks: Clip, k
     assert list(driver.store.keys()) == [] and driver.engine._pool.nbytes == 0
 
 
+@pytest.mark.parametrize("expire", [False, True])
+def test_what_other_settings_have_made_goes_too(drive: Drive, tmp_path: Path, two_chunks: Clip, expire: bool) -> None:
+    path = tmp_path / "store"
+    before = drive(DiskStore(path))
+    record = before.upload(two_chunks)
+    others = [before.upload(two_chunks, sampling=Sampling(0.5)), before.upload(two_chunks, tenant="f" * 64)]
+    texts = [before.ask(other).text for other in others]
+    theirs = {
+        blob
+        for other in others
+        for blob in before.store.keys(before.engine.library.video(other.id, other.tenant).key.root)
+    }
+    before.engine.close()
+    after = drive(DiskStore(path), low_precision="int8", sweep_interval_s=0.05)
+    assert after.ask(record).error is None and after.num_prefilled == 2
+    second = after.upload(two_chunks)
+    made = set(after.store.keys("kv/")) - theirs
+    assert len({blob.split("/")[1] for blob in made}) == 2
+    assert after.engine.library.delete(record.id, "")
+    assert set(after.store.keys("kv/")) - theirs == made, "another file has this content"
+    if expire:
+        after.engine.library._records.put(replace(second, expires_at=1))
+        until(lambda: not set(after.store.keys("kv/")) - theirs)
+    else:
+        assert after.engine.library.delete(second.id, "")
+    assert set(after.store.keys("kv/")) == theirs
+    after.engine.close()
+    again = drive(DiskStore(path))
+    assert [again.ask(other).text for other in others] == texts and again.num_prefilled == 0
+    for other in others:
+        assert again.engine.library.delete(other.id, other.tenant)
+    assert list(again.store.keys()) == []
+
+
 def test_deleting_in_mid_prefill_leaves_nothing(drive: Drive, long_clip: Clip, tmp_path: Path) -> None:
     driver = drive()
     record = driver.upload(long_clip, wait=False)
