@@ -26,7 +26,7 @@ from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, FileSource, FileStatus, VideoStatus
 from server.engine.records import Records
 from server.engine.room import Room
-from server.engine.video import Video
+from server.engine.video import Video, status_of
 from server.engine.videos import Videos
 from server.models.base import VideoModel
 from server.video.reader import Sampling, VideoInfo, VideoReader
@@ -156,6 +156,8 @@ class Library:
                         record = replace(known, expires_at=record.expires_at)
                     status: FileStatus = "uploaded" if manifest is None else "processed"
                     record = replace(record, status=status, status_details=None)
+                    if manifest is not None:
+                        record = replace(record, video=status_of(manifest))
                     self._records.put(record)
             except StoreError:
                 with suppress(StoreError):  # no file refers to the bytes that were kept, unless another one does
@@ -174,23 +176,20 @@ class Library:
     def get(self, file_id: str, tenant: str) -> FileRecord | None:
         """The file as it stands; None if this tenant has no such file. Raises StoreError."""
         record = self._find(file_id, tenant)
-        if record is None:
-            return None
-        with suppress(StoreUnavailable):  # then as it was last seen
-            self._videos.look(record)
-        return self._videos.snapshot(record)
+        return None if record is None else self._looked_at(record)
 
     def list(self, tenant: str) -> list[FileRecord]:
         """All files of a tenant, newest first. Raises StoreError."""
         try:
             records = self._records.all()
-            for record in records:
-                self._videos.see_loss(record)
         except StoreUnavailable as error:
             _log.warning("files are listed as last seen: %s", error)
             records = self._records.all_seen()
         records = [record for record in records if record.visible_to(tenant)]
         records.sort(key=lambda record: (record.created_at, record.created_ns, record.id), reverse=True)
+        with suppress(StoreUnavailable):
+            for record in records:
+                self._videos.look(record)
         return [self._videos.snapshot(record) for record in records]
 
     def delete(self, file_id: str, tenant: str) -> bool:
@@ -204,7 +203,7 @@ class Library:
         record = self._find(file_id, tenant)
         if record is not None:
             record = self._records.change(record, lambda now: replace(now, pinned=pinned))
-        return None if record is None else self._videos.snapshot(record)
+        return None if record is None else self._looked_at(record)
 
     def make_room(self, nbytes: int) -> None:
         """Removes unpinned videos, least recently used first, until ``nbytes`` more fit under the store's quota.
@@ -291,6 +290,11 @@ class Library:
     def _find(self, file_id: str, tenant: str) -> FileRecord | None:
         record = self._records.get(file_id)
         return record if record is not None and record.visible_to(tenant) else None
+
+    def _looked_at(self, record: FileRecord) -> FileRecord:
+        with suppress(StoreUnavailable):  # then as it was last seen
+            self._videos.look(record)
+        return self._videos.snapshot(record)
 
     def _probe(self, path: Path, sampling: Sampling) -> VideoInfo:
         with VideoReader(path, sampling, self._limits) as reader:

@@ -356,6 +356,42 @@ def test_another_model_prefills_its_own(drive: Drive, fresh_model: Callable[...,
     assert again.ask(record).text == text and again.num_prefilled == 0
 
 
+def test_a_file_says_that_other_settings_must_prefill_it(
+    drive: Drive, fresh_model: Callable[..., VideoXL], two_chunks: Clip
+) -> None:
+    store = MemoryStore()
+    before = drive(store)
+    first, second = before.upload(two_chunks), before.upload(two_chunks, wait=False)
+    assert second.video == first.video
+    before.engine.close()
+    after = drive(store, model=fresh_model(high_cmpr_ratio=4))
+    for file in (*after.engine.library.list(""), *(after.engine.library.get(file.id, "") for file in (first, second))):
+        assert file.status == "processed" and "next question has it prefilled again" in file.status_details
+        assert file.video == first.video.without_kvs() and (file.video.nbytes_low, file.video.nbytes_high) == (0, 0)
+    assert after.ask(second).error is None
+    for file in after.engine.library.list(""):
+        assert (file.status, file.status_details) == ("processed", None)
+        assert file.video.nbytes_high > first.video.nbytes_high and file.video.nbytes_low == first.video.nbytes_low
+    after.engine.close()
+    again = drive(store)
+    assert sorted(again.engine.library.list(""), key=lambda file: file.created_ns) == [first, second]
+
+
+def test_a_file_that_other_settings_cannot_prefill_says_so(drive: Drive, two_chunks: Clip) -> None:
+    store = MemoryStore()
+    before = drive(store, keep_video=False)
+    record = before.upload(two_chunks)
+    before.engine.close()
+    after = drive(store, keep_video=False, low_precision="int8")
+    (file,) = after.engine.library.list("")
+    assert file.status == "error" and "upload it again" in file.status_details
+    with pytest.raises(VideoFailed, match="upload it again"):
+        after.start(record)
+    after.engine.close()
+    again = drive(store, keep_video=False)
+    assert again.engine.library.list("") == [record] and again.ask(record).error is None
+
+
 def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
     measure = drive()
     measure.upload(four_chunks)
@@ -367,6 +403,8 @@ def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Cl
     assert driver.ask(new).error is None
     lost = driver.engine.library.get(old.id, "")
     assert lost.status == "error" and "quota" in lost.status_details
+    assert lost.video == old.video.without_kvs() and lost.video.nbytes_low == 0
+    assert driver.engine.library._records.get(old.id) == lost
     with pytest.raises(VideoFailed, match="quota"):
         driver.start(old)
     assert 0 < driver.store.nbytes("kv/") + driver.store.nbytes("content/") <= quota
@@ -394,8 +432,12 @@ def test_a_file_whose_kvs_the_quota_removed_is_healed_from_its_bytes(drive: Driv
     text = driver.ask(record).text
     driver.engine.library.make_room(10**9 - two_chunks.path.stat().st_size - 2000)
     assert list(driver.store.keys("kv/")) == []
-    assert driver.engine.library.get(record.id, "").status == "processed"
+    lost = driver.engine.library.get(record.id, "")
+    assert lost.status == "processed" and "the quota removed them" in lost.status_details
+    assert lost.video == record.video.without_kvs() and driver.engine.library.list("") == [lost]
     assert driver.ask(record).text == text and driver.num_prefilled == 4
+    healed = driver.engine.library.get(record.id, "")
+    assert healed == replace(record, video=replace(record.video, prefill_s=healed.video.prefill_s))
     with pytest.raises(QuotaExceeded):
         driver.engine.library.check_room(10**9 + 1)
 
