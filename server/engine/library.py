@@ -21,7 +21,7 @@ from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
-from server.engine.ingest import Ingest, choose_mode
+from server.engine.ingest import Ingest, check_resident, choose_mode, least_resident_nbytes
 from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, FileSource, FileStatus, VideoStatus
 from server.engine.records import Records
@@ -145,7 +145,11 @@ class Library:
             key = self._videos.key_of(record)
             if source == "inline":  # one record for one video, at whatever replica it arrives
                 record = replace(record, id=f"file-{key.digest[:24]}")
-            info = None if self._videos.manifest(key) is not None else self._probe(path, sampling)
+            manifest, info = self._videos.manifest(key), None
+            if manifest is None:
+                info = self._probe(path, sampling)
+            else:
+                check_resident(manifest.high_nbytes, self._options.resident_nbytes)
             self._keep(path, record, stored_nbytes)
             try:
                 with self._records.changing(record.content):
@@ -299,6 +303,7 @@ class Library:
     def _probe(self, path: Path, sampling: Sampling) -> VideoInfo:
         with VideoReader(path, sampling, self._limits) as reader:
             choose_mode(self._model, reader.info, sampling)
+            check_resident(least_resident_nbytes(self._model, reader.info), self._options.resident_nbytes)
             return reader.info
 
     def _keep(self, path: Path, record: FileRecord, stored_nbytes: int) -> None:

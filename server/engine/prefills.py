@@ -124,7 +124,14 @@ class Prefills:
 
     def _new_ingest(self, video: Video, info: VideoInfo | None, verify: bool) -> Ingest:
         ingest = Ingest(
-            video.key, video.fingerprint, self._model, self._videos, self._writers, self._wake, verify=verify
+            video.key,
+            video.fingerprint,
+            self._model,
+            self._videos,
+            self._writers,
+            self._wake,
+            verify=verify,
+            resident_nbytes=self._options.resident_nbytes,
         )
         ingest.info = info
         return ingest

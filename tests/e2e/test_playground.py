@@ -81,10 +81,10 @@ def test_a_file_that_nothing_is_known_of(page: Any, live: Live, file_id: str) ->
     page.route("**/events", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
     page.goto(live.url)
     expect(page.locator("#video-status")).to_have_text(f"Known. {gone}")
-    page.evaluate("window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
+    page.evaluate("() => { window.fetch = () => Promise.reject(new TypeError('Failed to fetch')); }")
     ask(page, "Is anything there?")
     expect(page.locator("#ask-status")).to_have_text("The server cannot be reached.")
-    page.evaluate("window.fetch = () => Promise.resolve({ok: true})")  # what the page cannot make sense of
+    page.evaluate("() => { window.fetch = () => Promise.resolve({ ok: true }); }")  # what the page cannot make sense of
     ask(page, "Is anything there?")
     expect(page.locator("#ask-status")).to_contain_text("not a function")
 

@@ -20,7 +20,7 @@ from until import until
 
 from compression.select import Dial
 from kvstore.disk import DiskStore
-from kvstore.errors import QuotaExceeded
+from kvstore.errors import PoolError, QuotaExceeded
 from kvstore.memory import MemoryStore
 from kvstore.video import VideoStore
 from server.engine.errors import FileNotFound, ShuttingDown, VideoFailed
@@ -354,6 +354,39 @@ def test_another_model_prefills_its_own(drive: Drive, fresh_model: Callable[...,
     after.engine.close()
     again = drive(store)
     assert again.ask(record).text == text and again.num_prefilled == 0
+
+
+def test_a_video_that_the_device_has_no_room_for_is_refused_before_its_prefill(
+    drive: Drive, four_chunks: Clip, two_chunks: Clip
+) -> None:
+    store = MemoryStore()
+    roomy = drive(store)
+    long, short = roomy.upload(four_chunks), roomy.upload(two_chunks)
+    needed = long.video.nbytes_high + roomy.engine._model.prefix().nbytes
+    roomy.engine.close()
+    blobs = set(store.keys())
+    tight = drive(store, resident_nbytes=needed - 1)
+    assert tight.ask(short).error is None
+    with pytest.raises(VideoTooLarge, match="--gpu-kv-budget"):
+        tight.upload(four_chunks)  # whose KVs are there
+    assert isinstance(tight.ask(long).error, PoolError)
+    assert set(store.keys()) == blobs
+    # The prefix and roundings show as the chunks come.
+    late = drive(resident_nbytes=needed - 1).upload(four_chunks)
+    assert late.status == "error" and "--gpu-kv-budget" in late.status_details
+    early = drive(resident_nbytes=long.video.nbytes_high // 2)
+    with pytest.raises(VideoTooLarge, match="--gpu-kv-budget"):
+        early.upload(four_chunks)
+    assert early.engine.library.list("") == [] and not list(early.store.keys())
+    exact = drive(resident_nbytes=needed)
+    assert exact.ask(exact.upload(four_chunks)).error is None
+    # Taken by a server that had room for it.
+    store = MemoryStore()
+    before = drive(store, start=False)
+    record = before.upload(four_chunks, wait=False)
+    after = drive(store, resident_nbytes=long.video.nbytes_high // 2)
+    failed = after.wait_processed(record)
+    assert failed.status == "error" and "--gpu-kv-budget" in failed.status_details and after.num_prefilled == 0
 
 
 def test_a_file_says_that_other_settings_must_prefill_it(
