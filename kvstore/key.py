@@ -79,6 +79,33 @@ class KVKey:
 
 
 @dataclass(frozen=True, slots=True)
+class SampledKey:
+    """A video file's bytes under one sampling, for one tenant: what KVs are made of, under whatever fingerprint.
+
+    Below ``root`` lies an empty note for each of these KVs, so that all of them are found when the video goes.
+    ``digest`` is 64 hex digits, never shortened.
+    """
+
+    digest: str
+
+    def __post_init__(self) -> None:
+        _check_sha256(self.digest)
+
+    @classmethod
+    def of(cls, content_sha256: str, fps: float, max_frames: int | None, salt: str = "") -> SampledKey:
+        """``content_sha256`` of the file's bytes (64 hex digits); ``salt`` of the tenant."""
+        _check_sha256(content_sha256)
+        return cls(_digest("sampled", content_sha256, float(fps), max_frames, salt))
+
+    @property
+    def root(self) -> str:
+        return f"made/{self.digest}/"
+
+    def note(self, key: KVKey) -> str:
+        return f"{self.root}{key.digest}"
+
+
+@dataclass(frozen=True, slots=True)
 class ContentKey:
     """The kept bytes of a video file, for one tenant. ``digest`` is 64 hex digits, never shortened."""
 

@@ -45,6 +45,11 @@ class Manifest:
     prefill_mode: str
     next_position: int | None = None
 
+    @property
+    def high_nbytes(self) -> int:
+        """Bytes of the prefix and of all H-KVs."""
+        return self.prefix_nbytes + sum(record.high_nbytes for record in self.records)
+
     def to_json(self) -> bytes:
         return _ADAPTER.dump_json(self)
 

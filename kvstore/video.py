@@ -8,7 +8,7 @@ from compression.kv import ChunkKV
 from kvstore import codec
 from kvstore.base import NewBuffer, Store, Tier
 from kvstore.errors import CorruptBlob, MissingBlob
-from kvstore.key import KVKey
+from kvstore.key import KVKey, SampledKey
 from kvstore.manifest import Manifest
 from kvstore.resident import HighKV
 
@@ -16,9 +16,9 @@ from kvstore.resident import HighKV
 class VideoStore:
     """What a video is made of, over any Store and as thread-safe as that.
 
-    Whoever writes a video writes the prefix and every chunk, then commits. Until then ``manifest`` is None and the
-    video does not exist for readers; an abandoned one is removed by ``delete``. Every method may raise
-    StoreUnavailable; writing raises StoreFull, reading FormatVersionError.
+    Whoever writes a video notes what it is made of, writes the prefix and every chunk, then commits. Until then
+    ``manifest`` is None and the video does not exist for readers; an abandoned one is removed by ``delete``. Every
+    method may raise StoreUnavailable; writing raises StoreFull, reading FormatVersionError.
     """
 
     def __init__(self, store: Store, low_precision: codec.Precision = "exact") -> None:
@@ -29,6 +29,10 @@ class VideoStore:
     def low_nbytes(self, low: ChunkKV) -> int:
         """Bytes of keys and values that an L-KV takes in the store."""
         return codec.stored_nbytes(low, self._low_precision)
+
+    def note(self, key: KVKey, sampled: SampledKey) -> None:
+        """Says, before any of the KVs under ``key`` is written, what they are made of: see :meth:`delete_made_of`."""
+        self._store.put(sampled.note(key), b"")
 
     def write_prefix(self, key: KVKey, prefix: ChunkKV) -> None:
         self._store.put(key.prefix, codec.encode(prefix))
@@ -103,6 +107,12 @@ class VideoStore:
         for blob in list(self._store.keys(key.root)):
             self._store.delete(blob)
         return committed
+
+    def delete_made_of(self, sampled: SampledKey) -> None:
+        """Removes all that was noted as made of ``sampled``, under whatever fingerprint, and the notes."""
+        for note in list(self._store.keys(sampled.root)):
+            self.delete(KVKey(note.removeprefix(sampled.root)))
+            self._store.delete(note)
 
     def _has_thumbnail(self, key: KVKey, index: int) -> bool:
         try:

@@ -52,7 +52,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ContextLengthExceeded | PositionLimitError):
         return bad_request(str(error), param="messages", code="context_length_exceeded")
     if isinstance(error, VideoTooLarge):
-        return bad_request(str(error), param="messages", code="video_too_large")
+        advice = "ask about fewer or shorter videos, or give the server a larger --gpu-kv-budget"
+        return bad_request(f"{error}: {advice}", param="messages", code="video_too_large")
     if isinstance(error, FileNotFound):
         return file_not_found(error.file_id)
     if isinstance(error, UploadNotFound):

@@ -63,7 +63,9 @@ class Ingest:
         wake: Callable[[], None],
         *,
         verify: bool = False,
+        resident_nbytes: int | None = None,
     ) -> None:
+        """``resident_nbytes`` bound the prefix and the H-KVs of a video that is to stay on the device."""
         self.key = key
         self.info: VideoInfo | None = None
         """Known once the file was opened, here or before."""
@@ -77,6 +79,7 @@ class Ingest:
         self._writers = writers
         self._wake = wake
         self._verify = verify
+        self._resident_nbytes = resident_nbytes
         self._queue: queue.Queue[Decoded | _Stored] = queue.Queue(_CHUNKS_AHEAD)
         self._num_chunks = 0
         self._mode = model.prefill_mode
@@ -175,6 +178,7 @@ class Ingest:
             with self._open(path, sampling, limits) as reader:
                 self.info = reader.info
         self._mode = choose_mode(self._model, self.info, sampling)
+        check_resident(least_resident_nbytes(self._model, self.info), self._resident_nbytes)
         plan = plan_chunks(self.info, self._model.spec.frames_per_chunk)
         self._num_chunks = len(plan)
         index, stored = 0, self._find(plan, 0)
@@ -225,6 +229,8 @@ class Ingest:
             yield
             low, high = yield from self._prefill.appending(features, last=last)
             self._write(item, low, high)
+        assert self._prefix is not None
+        check_resident(self._prefix.nbytes + sum(kv.nbytes for kv in self._high), self._resident_nbytes)
         if last:
             self._prefill = None  # what it remembers is not needed any more
             self._prefilled.set()
@@ -340,6 +346,24 @@ def choose_mode(model: VideoModel, info: VideoInfo, sampling: Sampling) -> str:
         f"which are {most / sampling.fps:.1f} s at {sampling.fps:g} fps. Lower fps or set max_frames.",
         code="video_too_long",
     )
+
+
+def least_resident_nbytes(model: VideoModel, info: VideoInfo) -> int:
+    """What a video's H-KVs take at least; the prefix and what models keep of a chunk besides come on top."""
+    spec = model.spec
+    token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
+    chunks = plan_chunks(info, spec.frames_per_chunk)
+    num_visual = (model.num_visual_tokens(chunk.num_frames, info.width, info.height) for chunk in chunks)
+    return token_nbytes * sum(num // spec.high_ratio for num in num_visual)
+
+
+def check_resident(nbytes: int, budget_nbytes: int | None) -> None:
+    """Raises VideoTooLarge for prefix and H-KVs with which no question could ever be answered."""
+    if budget_nbytes is not None and nbytes > budget_nbytes:
+        raise VideoTooLarge(
+            f"The video's small KVs take {nbytes} bytes or more, and the server keeps at most {budget_nbytes} bytes on "
+            "its device (--gpu-kv-budget). Lower fps, set max_frames, or give the server a larger --gpu-kv-budget."
+        )
 
 
 def plan_chunks(info: VideoInfo, frames_per_chunk: int) -> tuple[Chunk, ...]:

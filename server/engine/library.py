@@ -21,12 +21,12 @@ from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
-from server.engine.ingest import Ingest, choose_mode
+from server.engine.ingest import Ingest, check_resident, choose_mode, least_resident_nbytes
 from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, FileSource, FileStatus, VideoStatus
 from server.engine.records import Records
 from server.engine.room import Room
-from server.engine.video import Video
+from server.engine.video import Video, status_of
 from server.engine.videos import Videos
 from server.models.base import VideoModel
 from server.video.reader import Sampling, VideoInfo, VideoReader
@@ -145,7 +145,11 @@ class Library:
             key = self._videos.key_of(record)
             if source == "inline":  # one record for one video, at whatever replica it arrives
                 record = replace(record, id=f"file-{key.digest[:24]}")
-            info = None if self._videos.manifest(key) is not None else self._probe(path, sampling)
+            manifest, info = self._videos.manifest(key), None
+            if manifest is None:
+                info = self._probe(path, sampling)
+            else:
+                check_resident(manifest.high_nbytes, self._options.resident_nbytes)
             self._keep(path, record, stored_nbytes)
             try:
                 with self._records.changing(record.content):
@@ -156,10 +160,12 @@ class Library:
                         record = replace(known, expires_at=record.expires_at)
                     status: FileStatus = "uploaded" if manifest is None else "processed"
                     record = replace(record, status=status, status_details=None)
+                    if manifest is not None:
+                        record = replace(record, video=status_of(manifest))
                     self._records.put(record)
             except StoreError:
                 with suppress(StoreError):  # no file refers to the bytes that were kept, unless another one does
-                    self._videos.clear(key, record.content)
+                    self._videos.clear(key, record.sampled, record.content)
                 raise
             taken = self._videos.take(record, manifest, path, info)
             return self._videos.snapshot(record)
@@ -174,23 +180,20 @@ class Library:
     def get(self, file_id: str, tenant: str) -> FileRecord | None:
         """The file as it stands; None if this tenant has no such file. Raises StoreError."""
         record = self._find(file_id, tenant)
-        if record is None:
-            return None
-        with suppress(StoreUnavailable):  # then as it was last seen
-            self._videos.look(record)
-        return self._videos.snapshot(record)
+        return None if record is None else self._looked_at(record)
 
     def list(self, tenant: str) -> list[FileRecord]:
         """All files of a tenant, newest first. Raises StoreError."""
         try:
             records = self._records.all()
-            for record in records:
-                self._videos.see_loss(record)
         except StoreUnavailable as error:
             _log.warning("files are listed as last seen: %s", error)
             records = self._records.all_seen()
         records = [record for record in records if record.visible_to(tenant)]
         records.sort(key=lambda record: (record.created_at, record.created_ns, record.id), reverse=True)
+        with suppress(StoreUnavailable):
+            for record in records:
+                self._videos.look(record)
         return [self._videos.snapshot(record) for record in records]
 
     def delete(self, file_id: str, tenant: str) -> bool:
@@ -204,7 +207,7 @@ class Library:
         record = self._find(file_id, tenant)
         if record is not None:
             record = self._records.change(record, lambda now: replace(now, pinned=pinned))
-        return None if record is None else self._videos.snapshot(record)
+        return None if record is None else self._looked_at(record)
 
     def make_room(self, nbytes: int) -> None:
         """Removes unpinned videos, least recently used first, until ``nbytes`` more fit under the store's quota.
@@ -292,9 +295,15 @@ class Library:
         record = self._records.get(file_id)
         return record if record is not None and record.visible_to(tenant) else None
 
+    def _looked_at(self, record: FileRecord) -> FileRecord:
+        with suppress(StoreUnavailable):  # then as it was last seen
+            self._videos.look(record)
+        return self._videos.snapshot(record)
+
     def _probe(self, path: Path, sampling: Sampling) -> VideoInfo:
         with VideoReader(path, sampling, self._limits) as reader:
             choose_mode(self._model, reader.info, sampling)
+            check_resident(least_resident_nbytes(self._model, reader.info), self._options.resident_nbytes)
             return reader.info
 
     def _keep(self, path: Path, record: FileRecord, stored_nbytes: int) -> None:
@@ -315,7 +324,7 @@ class Library:
                     return False
             deleted = self._records.delete(record)  # and forgotten by that
         self._videos.wait_stopped(record)
-        self._videos.clear(self._videos.key_of(record), record.content)
+        self._videos.clear(self._videos.key_of(record), record.sampled, record.content)
         return deleted
 
     def _adopt(self, records: Sequence[FileRecord]) -> None:

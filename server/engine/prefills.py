@@ -124,7 +124,14 @@ class Prefills:
 
     def _new_ingest(self, video: Video, info: VideoInfo | None, verify: bool) -> Ingest:
         ingest = Ingest(
-            video.key, video.fingerprint, self._model, self._videos, self._writers, self._wake, verify=verify
+            video.key,
+            video.fingerprint,
+            self._model,
+            self._videos,
+            self._writers,
+            self._wake,
+            verify=verify,
+            resident_nbytes=self._options.resident_nbytes,
         )
         ingest.info = info
         return ingest
@@ -236,6 +243,7 @@ class Prefills:
         ingest = job.ingest
         path = job.path or self._restore(video.content)
         try:
+            self._videos.note(video.key, video.sampled)
             self._on_ingest(ingest)
             manifest, high = ingest.run(path, video.sampling, self._limits)
         finally:

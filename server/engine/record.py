@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from compression.chunk import Chunk
 from kvstore.errors import CorruptBlob
-from kvstore.key import ContentKey
+from kvstore.key import ContentKey, SampledKey
 from server.video.reader import Sampling
 
 FileStatus = Literal["uploaded", "processed", "error"]
@@ -55,6 +55,10 @@ class VideoStatus:
     def tokens_high(self) -> int:
         return sum(self.high_tokens)
 
+    def without_kvs(self) -> VideoStatus:
+        """The same of a video whose KVs are gone."""
+        return replace(self, nbytes_low=0, nbytes_high=0)
+
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
@@ -62,7 +66,8 @@ class FileRecord:
     ``created_ns`` puts those of one second in order.
 
     ``pinned`` keeps the store's quota from removing it; it expires all the same.
-    ``status_details`` tells why the status is ``error``. ``video`` is None where nothing is known of it.
+    ``status_details`` tells why the status is ``error``, and of a ``processed`` one that its KVs are gone and are made
+    again when it is asked about. ``video`` is None where nothing is known of it.
     """
 
     id: str
@@ -90,6 +95,11 @@ class FileRecord:
     def content(self) -> ContentKey:
         """The key of the kept bytes."""
         return ContentKey.of(self.content_sha256, self.tenant)
+
+    @property
+    def sampled(self) -> SampledKey:
+        """The key of what its KVs are made of."""
+        return SampledKey.of(self.content_sha256, self.sampling.fps, self.sampling.max_frames, self.tenant)
 
     @property
     def expired(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.codec import Precision
-from kvstore.key import ContentKey, Fingerprint, KVKey
+from kvstore.key import ContentKey, Fingerprint, KVKey, SampledKey
 from kvstore.manifest import ChunkRecord, Manifest
 from server.engine.ingest import Ingest, plan_chunks
 from server.engine.record import FileStatus, VideoStatus
@@ -55,11 +55,14 @@ class Video:
 
     key: KVKey
     content: ContentKey
+    sampled: SampledKey
     fingerprint: Fingerprint
     sampling: Sampling
     manifest: Manifest | None = None
     job: Job | None = None
     error: str | None = None
+    lost: bool = False
+    """Without manifest, job and error: the store was found without its KVs, which it had once."""
     unrepaired_s: float | None = None
     """When its repair was last tried in vain, on the monotonic clock."""
 
@@ -76,8 +79,7 @@ class Video:
         """How it stands; None while its file has not been opened, and where nothing came of it."""
         manifest, job = self.manifest, self.job
         if manifest is not None:
-            num_chunks = len(manifest.records)
-            return _status(manifest, num_chunks, manifest.records, manifest.prefill_s, manifest.prefill_mode)
+            return status_of(manifest)
         if job is not None and job.ingest.info is not None:
             info = job.ingest.info
             num_chunks = len(plan_chunks(info, frames_per_chunk))
@@ -96,6 +98,11 @@ def fingerprint_of(model: VideoModel, sampling: Sampling, low_precision: Precisi
         max_frames=sampling.max_frames,
         low_precision=low_precision,
     )
+
+
+def status_of(manifest: Manifest) -> VideoStatus:
+    """How a video stands that is ready."""
+    return _status(manifest, len(manifest.records), manifest.records, manifest.prefill_s, manifest.prefill_mode)
 
 
 def _status(

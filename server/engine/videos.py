@@ -17,14 +17,14 @@ import torch
 from kvstore.base import Store
 from kvstore.content import ContentStore
 from kvstore.errors import CorruptBlob, PoolError, StoreError
-from kvstore.key import ContentKey, KVKey
+from kvstore.key import ContentKey, KVKey, SampledKey
 from kvstore.manifest import Manifest
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
 from server.engine.ingest import Ingest
 from server.engine.options import EngineOptions
 from server.engine.prefills import Prefilled, Prefills
-from server.engine.record import FileRecord
+from server.engine.record import FileRecord, VideoStatus
 from server.engine.records import Records
 from server.engine.video import Job, Video, fingerprint_of
 from server.models.base import VideoModel
@@ -33,6 +33,11 @@ from server.video.reader import Sampling, VideoInfo
 _STOP_TIMEOUT_S = 10.0
 _REPAIR_AGAIN_S = 60.0
 _QUOTA = "the store's quota removed it: upload it again"
+_LOST = (
+    "its KVs are not in the store (the quota removed them, or the server's settings have changed): the next question "
+    "has it prefilled again, and waits for that"
+)
+_GONE = "neither its KVs nor its bytes are in the store: upload it again"
 _DELETED = "its file was deleted"
 _log = logging.getLogger(__name__)
 
@@ -109,7 +114,7 @@ class Videos:
             video = self._known.get(key)
             if video is None:
                 fingerprint = fingerprint_of(self._model, record.sampling, self._options.low_precision)
-                video = self._known[key] = Video(key, record.content, fingerprint, record.sampling)
+                video = self._known[key] = Video(key, record.content, record.sampled, fingerprint, record.sampling)
         return video
 
     def look(self, record: FileRecord) -> Video:
@@ -120,11 +125,13 @@ class Videos:
         if video.manifest is not None or video.job is not None:
             return video
         manifest = self.manifest(video.key)
+        lost = manifest is None and record.status == "processed"
+        error = record.status_details if manifest is None and record.status == "error" else None
+        if lost and not self._contents.holds(record.content):
+            error = _GONE
         with self._lock:
             if video.manifest is None and video.job is None:
-                video.manifest = manifest
-                failed = manifest is None and record.status == "error"
-                video.error = record.status_details if failed else None
+                video.manifest, video.error, video.lost = manifest, error, lost
                 if manifest is None and record.status == "uploaded":
                     self._prefill(video, None, None)
         return video
@@ -133,19 +140,26 @@ class Videos:
         """A video that is ready here may have been removed by the quota of another replica, whose record says so."""
         with self._lock:
             video = self._known.get(self.key_of(record))
-        if video is None or video.manifest is None or record.status != "error" or self.manifest(video.key) is not None:
+        if video is None or video.manifest is None or record.status_details is None:
+            return
+        if self.manifest(video.key) is not None:
             return
         with self._lock:
-            video.manifest, video.error = None, record.status_details
+            video.manifest, video.lost = None, True
+            video.error = record.status_details if record.status == "error" else None
         self._pool.discard(video.key)
 
     def snapshot(self, record: FileRecord) -> FileRecord:
         with self._lock:
             video = self._known.get(self.key_of(record))
-        status = None if video is None else video.status
-        if video is None or status is None:
+        if video is None:
             return record
-        described = video.describe(self._model.spec.frames_per_chunk) or record.video
+        status = video.status
+        if status is None and not (video.lost and record.status == "processed"):
+            return record
+        described = video.describe(self._model.spec.frames_per_chunk) or _without_kvs(record.video)
+        if status is None:
+            return replace(record, status_details=_LOST, video=described)
         details = video.error if status == "error" else None
         return replace(record, status=status, status_details=details, video=described)
 
@@ -198,13 +212,15 @@ class Videos:
         """Waits until a prefill that was stopped has cleaned up."""
         self._prefills.wait_stopped(self.key_of(record), _STOP_TIMEOUT_S)
 
-    def clear(self, key: KVKey, content: ContentKey) -> None:
-        """Removes what no file refers to any more."""
+    def clear(self, key: KVKey, sampled: SampledKey, content: ContentKey) -> None:
+        """Removes what no file refers to any more: the KVs under ``key`` with all others made of ``sampled``, also by a
+        server with other settings, and the kept bytes. Whoever is still making some stops by itself and clears them."""
         with self._records.changing(content):
-            records = self._records.all()
-            if all(self.key_of(record) != key for record in records):
-                self._kvs.delete(key)
-            if all(record.content != content for record in records):
+            left = [record for record in self._records.all() if record.content == content]
+            if all(record.sampled != sampled for record in left):
+                self._kvs.delete(key)  # first, and in any case: a store's older KVs have no note
+                self._kvs.delete_made_of(sampled)
+            if not left:
                 self._contents.delete(content)
 
     def busy(self) -> Sequence[Video]:
@@ -212,7 +228,8 @@ class Videos:
             return [video for video in self._known.values() if video.job is not None]
 
     def lose(self, record: FileRecord, has_kvs: bool, has_bytes: bool) -> None:
-        """A question makes KVs again from the bytes; a file that has neither says so before it is asked about."""
+        """A question makes KVs again from the bytes; a file that has neither fails before it is asked about. Both say
+        so at every replica."""
         if has_kvs:
             return
         key = self.key_of(record)
@@ -220,10 +237,17 @@ class Videos:
         with self._lock:
             video = self._known.get(key)
             if video is not None:
-                video.manifest = None
+                video.manifest, video.lost = None, True
                 video.error = None if has_bytes else _QUOTA
-        if not has_bytes:
-            self._records.change(record, lambda now: replace(now, status="error", status_details=_QUOTA))
+
+        def told(now: FileRecord) -> FileRecord:
+            if not has_bytes:
+                return replace(now, status="error", status_details=_QUOTA, video=_without_kvs(now.video))
+            if now.status == "processed":
+                return replace(now, status_details=_LOST, video=_without_kvs(now.video))
+            return now
+
+        self._records.change(record, told)
 
     def _prefill(self, video: Video, path: Path | None, info: VideoInfo | None, *, verify: bool = False) -> bool:
         """Gives a video a job unless it has one; whether ``path`` was taken over. Under the lock."""
@@ -285,7 +309,11 @@ class Videos:
             if wanted and video.error is not None:
                 self._kvs.delete(video.key)
             if not wanted or (result is not None and not self._save(video)):
-                self.clear(video.key, video.content)
+                self.clear(video.key, video.sampled, video.content)
         except StoreError as error:
             _log.error("the end of a prefill could not be written down: %s", error)
         self._on_change(video.key)
+
+
+def _without_kvs(status: VideoStatus | None) -> VideoStatus | None:
+    return None if status is None else status.without_kvs()

@@ -13,7 +13,7 @@ function say(where, text, isError = false) {
 function report(where, error) {
   if (error.name === "AbortError") return;
   if (error.status === 401) askForKey();
-  say(where, error instanceof TypeError ? "The server cannot be reached." : error.message, true);
+  say(where, error.message, true);
 }
 
 // Requests ---------------------------------------------------------------------------------------------------------
@@ -24,8 +24,12 @@ function refusal(status, body) {
   return Object.assign(new Error(body?.error?.message ?? `The server answered with HTTP ${status}.`), { status });
 }
 
+function unreachable(error) {
+  throw error.name === "AbortError" ? error : new Error("The server cannot be reached.");
+}
+
 async function api(path, options = {}) {
-  const response = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
+  const response = await fetch(path, { ...options, headers: { ...headers(), ...options.headers } }).catch(unreachable);
   if (!response.ok) throw refusal(response.status, await response.json().catch(() => null));
   return response;
 }
@@ -34,7 +38,7 @@ async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(unreachable);
     if (done) return;
     buffer += value;
     const lines = buffer.split("\n");
@@ -101,7 +105,8 @@ function show(file) {
   } else if (file.status === "uploaded") {
     say("video-status", `Reading the video: ${video ? `${video.chunks_done} of ${video.num_chunks} chunks` : "waiting"}`);
   } else {
-    say("video-status", `Ready: ${clock(video.duration_s)}, ${video.width}×${video.height}, ${video.num_chunks} chunks`);
+    const facts = video ? `: ${clock(video.duration_s)}, ${video.width}×${video.height}, ${video.num_chunks} chunks` : "";
+    say("video-status", file.status_details ? `Known${facts}. ${file.status_details}` : `Ready${facts}`);
   }
 }
 

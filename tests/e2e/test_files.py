@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from live import Live, Serve
+from live import MODEL, Live, Serve, ask
 from PIL import Image
 
 
@@ -127,6 +127,41 @@ def test_a_restart_finds_files_without_prefilling(serve: Serve, video: Path, tmp
         before = client.files.wait_for_processing(file.id, poll_interval=0.1)
     with serve(store=store) as live, live.client() as client:
         assert client.files.retrieve(file.id) == before
+
+
+def test_other_settings_are_told_and_leave_nothing_behind(serve: Serve, video: Path, tmp_path: Path) -> None:
+    store = f"disk:{tmp_path / 'store'}"
+    with serve(store=store) as live, live.client() as client:
+        first, second = (client.files.create(file=video, purpose="user_data") for _ in range(2))
+        before = client.files.wait_for_processing(first.id, poll_interval=0.1).to_dict()["video"]
+        client.files.wait_for_processing(second.id, poll_interval=0.1)
+    with serve(store=store, kv_dtype="int8") as live, live.client() as client:
+        file = client.files.wait_for_processing(second.id, poll_interval=0.1)
+        assert file.status == "processed" and "next question has it prefilled again" in (file.status_details or "")
+        assert file.to_dict()["video"] == before | {"bytes": {"low": 0, "high": 0}}
+        client.chat.completions.create(model=MODEL, messages=ask(first.id), max_tokens=4)
+        file = client.files.retrieve(second.id)
+        assert file.status_details is None and 0 < file.to_dict()["video"]["bytes"]["low"] < before["bytes"]["low"]
+        assert all(client.files.delete(file.id).deleted for file in (first, second))
+    assert not [path for path in (tmp_path / "store" / "blobs").rglob("*") if path.is_file()]
+
+
+def test_videos_that_the_device_has_no_room_for(serve: Serve, video: Path, tmp_path: Path) -> None:
+    store = f"disk:{tmp_path / 'store'}"
+    with serve(store=store) as live, live.client() as client:
+        files = [client.files.create(file=video, purpose="user_data", extra_body={"fps": fps}) for fps in (1, 2)]
+        facts = [client.files.wait_for_processing(file.id, poll_interval=0.1).to_dict()["video"] for file in files]
+    together = sum(one["bytes"]["high"] for one in facts)
+    with serve(store=store, gpu_kv_budget=together) as live, live.client() as client:
+        with pytest.raises(openai.BadRequestError, match="--gpu-kv-budget") as refused:
+            messages = ask(files[0].id)
+            messages[0]["content"] += ask(files[1].id)[0]["content"]
+            client.chat.completions.create(model=MODEL, messages=messages, max_tokens=4)
+        assert (refused.value.code, refused.value.param) == ("video_too_large", "messages")
+        with pytest.raises(openai.BadRequestError, match="--gpu-kv-budget") as refused:
+            client.files.create(file=video, purpose="user_data", extra_body={"fps": 4})
+        assert (refused.value.code, refused.value.param) == ("video_too_large", "file")
+        assert len(list(client.files.list())) == 2
 
 
 def test_async_client(live: Live, video: Path) -> None:

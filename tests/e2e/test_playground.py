@@ -71,6 +71,24 @@ def test_upload_ask_and_delete(page: Any, live: Live, video: Path, tmp_path: Pat
     expect(page.locator("#files option")).to_have_count(before - 1)
 
 
+def test_a_file_that_nothing_is_known_of(page: Any, live: Live, file_id: str) -> None:
+    expect = playwright.expect
+    gone = "its KVs are not in the store"
+    file = {"id": file_id, "filename": "a.mp4", "status": "processed", "status_details": None, "video": None}
+    page.route("**/v1/files", lambda route: route.fulfill(json={"data": [file]}))
+    shown = {**file, "status_details": gone}
+    events = f"data: {json.dumps(file)}\n\ndata: {json.dumps(shown)}\n\n"
+    page.route("**/events", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
+    page.goto(live.url)
+    expect(page.locator("#video-status")).to_have_text(f"Known. {gone}")
+    page.evaluate("() => { window.fetch = () => Promise.reject(new TypeError('Failed to fetch')); }")
+    ask(page, "Is anything there?")
+    expect(page.locator("#ask-status")).to_have_text("The server cannot be reached.")
+    page.evaluate("() => { window.fetch = () => Promise.resolve({ ok: true }); }")  # what the page cannot make sense of
+    ask(page, "Is anything there?")
+    expect(page.locator("#ask-status")).to_contain_text("not a function")
+
+
 def test_a_key_is_asked_for(page: Any, serve: Serve) -> None:
     expect = playwright.expect
     with serve(api_key=("first",)) as live:

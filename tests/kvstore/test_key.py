@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.key import ContentKey, Fingerprint, KVKey
+from kvstore.key import ContentKey, Fingerprint, KVKey, SampledKey
 
 sha256s = st.sampled_from(["0" * 64, "1" * 64, "a" * 64])
 texts = st.text(alphabet='ab",:[]{}\\ \né😀', max_size=6)
@@ -58,6 +58,14 @@ def test_a_tenant_never_meets_anothers_content(a, b):
     assert (ContentKey.of(*a) == ContentKey.of(*b)) == (a == b)
 
 
+samplings = st.tuples(sha256s, st.sampled_from([1, 1.0, 0.5, 2]), st.none() | st.integers(1, 3), texts)
+
+
+@given(samplings, samplings)
+def test_a_tenant_or_another_sampling_never_meets_what_was_made_of_this_one(a, b):
+    assert (SampledKey.of(*a) == SampledKey.of(*b)) == (a == b)
+
+
 def test_names(make):
     key = make.key()
     assert len(key.digest) == 64
@@ -68,12 +76,21 @@ def test_names(make):
     assert key.thumbnail(3) == f"kv/{key.digest}/thumb/00003"
     content = ContentKey.of("0" * 64)
     assert content.manifest == f"content/{content.digest}/manifest"
+    sampled = SampledKey.of("0" * 64, 1, None)
+    assert sampled.note(key) == f"made/{sampled.digest}/{key.digest}"
     assert content.part(12) == f"content/{content.digest}/part/00012"
 
 
 @pytest.mark.parametrize("digest", ["", "0" * 63, "0" * 65, "A" * 64, "g" * 64, "0" * 64 + "\n"])
 def test_a_shortened_or_odd_hash_is_refused(make, digest):
-    for call in (KVKey, ContentKey, ContentKey.of, lambda digest: KVKey.of(digest, make.fingerprint)):
+    for call in (
+        KVKey,
+        ContentKey,
+        ContentKey.of,
+        SampledKey,
+        lambda digest: SampledKey.of(digest, 1, None),
+        lambda digest: KVKey.of(digest, make.fingerprint),
+    ):
         with pytest.raises(ValueError, match="SHA-256"):
             call(digest)
 

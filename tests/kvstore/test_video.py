@@ -11,7 +11,7 @@ import torch
 
 from kvstore import envelope
 from kvstore.errors import CorruptBlob, FormatVersionError, MissingBlob
-from kvstore.key import KVKey
+from kvstore.key import KVKey, SampledKey
 from kvstore.manifest import Manifest
 from kvstore.open import open_store
 from kvstore.video import VideoStore
@@ -152,6 +152,22 @@ def test_delete_removes_this_video_alone(videos, store, make):
     assert videos.delete(make.key(1)) is False
     assert list(store.keys(make.key(1).root)) == []
     assert videos.read_high(make.key(2)) is not None
+
+
+def test_all_that_was_made_of_a_video_goes_together(videos, store, make):
+    ours, theirs = SampledKey.of("1" * 64, 1, None), SampledKey.of("1" * 64, 1, None, "tenant")
+    for name, sampled in ((1, ours), (2, ours), (3, theirs)):
+        videos.note(make.key(name), sampled)
+        make.write(videos, make.key(name), 2)
+    videos.note(make.key(4), ours)  # begun, and cut off
+    videos.write_prefix(make.key(4), make.kv("prefix"))
+    videos.note(make.key(5), ours)  # not even begun, or removed since
+    videos.delete_made_of(ours)
+    left = {key.split("/")[1] for key in store.keys("")}
+    assert left == {make.key(3).digest, theirs.digest}
+    assert videos.read_high(make.key(3)) is not None
+    videos.delete_made_of(theirs)
+    assert list(store.keys()) == []
 
 
 def test_delete_takes_the_manifest_first(videos, store, make, monkeypatch):

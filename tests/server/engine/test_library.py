@@ -20,7 +20,7 @@ from until import until
 
 from compression.select import Dial
 from kvstore.disk import DiskStore
-from kvstore.errors import QuotaExceeded
+from kvstore.errors import PoolError, QuotaExceeded
 from kvstore.memory import MemoryStore
 from kvstore.video import VideoStore
 from server.engine.errors import FileNotFound, ShuttingDown, VideoFailed
@@ -150,6 +150,40 @@ def test_deleting_the_last_file_leaves_nothing(drive: Drive, two_chunks: Clip, k
     assert driver.ask(second).error is None
     assert driver.engine.library.delete(second.id, "")
     assert list(driver.store.keys()) == [] and driver.engine._pool.nbytes == 0
+
+
+@pytest.mark.parametrize("expire", [False, True])
+def test_what_other_settings_have_made_goes_too(drive: Drive, tmp_path: Path, two_chunks: Clip, expire: bool) -> None:
+    path = tmp_path / "store"
+    before = drive(DiskStore(path))
+    record = before.upload(two_chunks)
+    others = [before.upload(two_chunks, sampling=Sampling(0.5)), before.upload(two_chunks, tenant="f" * 64)]
+    texts = [before.ask(other).text for other in others]
+    theirs = {
+        blob
+        for other in others
+        for blob in before.store.keys(before.engine.library.video(other.id, other.tenant).key.root)
+    }
+    before.engine.close()
+    after = drive(DiskStore(path), low_precision="int8", sweep_interval_s=0.05)
+    assert after.ask(record).error is None and after.num_prefilled == 2
+    second = after.upload(two_chunks)
+    made = set(after.store.keys("kv/")) - theirs
+    assert len({blob.split("/")[1] for blob in made}) == 2
+    assert after.engine.library.delete(record.id, "")
+    assert set(after.store.keys("kv/")) - theirs == made, "another file has this content"
+    if expire:
+        after.engine.library._records.put(replace(second, expires_at=1))
+        until(lambda: not set(after.store.keys("kv/")) - theirs)
+    else:
+        assert after.engine.library.delete(second.id, "")
+    assert set(after.store.keys("kv/")) == theirs
+    after.engine.close()
+    again = drive(DiskStore(path))
+    assert [again.ask(other).text for other in others] == texts and again.num_prefilled == 0
+    for other in others:
+        assert again.engine.library.delete(other.id, other.tenant)
+    assert list(again.store.keys()) == []
 
 
 def test_deleting_in_mid_prefill_leaves_nothing(drive: Drive, long_clip: Clip, tmp_path: Path) -> None:
@@ -322,6 +356,75 @@ def test_another_model_prefills_its_own(drive: Drive, fresh_model: Callable[...,
     assert again.ask(record).text == text and again.num_prefilled == 0
 
 
+def test_a_video_that_the_device_has_no_room_for_is_refused_before_its_prefill(
+    drive: Drive, four_chunks: Clip, two_chunks: Clip
+) -> None:
+    store = MemoryStore()
+    roomy = drive(store)
+    long, short = roomy.upload(four_chunks), roomy.upload(two_chunks)
+    needed = long.video.nbytes_high + roomy.engine._model.prefix().nbytes
+    roomy.engine.close()
+    blobs = set(store.keys())
+    tight = drive(store, resident_nbytes=needed - 1)
+    assert tight.ask(short).error is None
+    with pytest.raises(VideoTooLarge, match="--gpu-kv-budget"):
+        tight.upload(four_chunks)  # whose KVs are there
+    assert isinstance(tight.ask(long).error, PoolError)
+    assert set(store.keys()) == blobs
+    # The prefix and roundings show as the chunks come.
+    late = drive(resident_nbytes=needed - 1).upload(four_chunks)
+    assert late.status == "error" and "--gpu-kv-budget" in late.status_details
+    early = drive(resident_nbytes=long.video.nbytes_high // 2)
+    with pytest.raises(VideoTooLarge, match="--gpu-kv-budget"):
+        early.upload(four_chunks)
+    assert early.engine.library.list("") == [] and not list(early.store.keys())
+    exact = drive(resident_nbytes=needed)
+    assert exact.ask(exact.upload(four_chunks)).error is None
+    # Taken by a server that had room for it.
+    store = MemoryStore()
+    before = drive(store, start=False)
+    record = before.upload(four_chunks, wait=False)
+    after = drive(store, resident_nbytes=long.video.nbytes_high // 2)
+    failed = after.wait_processed(record)
+    assert failed.status == "error" and "--gpu-kv-budget" in failed.status_details and after.num_prefilled == 0
+
+
+def test_a_file_says_that_other_settings_must_prefill_it(
+    drive: Drive, fresh_model: Callable[..., VideoXL], two_chunks: Clip
+) -> None:
+    store = MemoryStore()
+    before = drive(store)
+    first, second = before.upload(two_chunks), before.upload(two_chunks, wait=False)
+    assert second.video == first.video
+    before.engine.close()
+    after = drive(store, model=fresh_model(high_cmpr_ratio=4))
+    for file in (*after.engine.library.list(""), *(after.engine.library.get(file.id, "") for file in (first, second))):
+        assert file.status == "processed" and "next question has it prefilled again" in file.status_details
+        assert file.video == first.video.without_kvs() and (file.video.nbytes_low, file.video.nbytes_high) == (0, 0)
+    assert after.ask(second).error is None
+    for file in after.engine.library.list(""):
+        assert (file.status, file.status_details) == ("processed", None)
+        assert file.video.nbytes_high > first.video.nbytes_high and file.video.nbytes_low == first.video.nbytes_low
+    after.engine.close()
+    again = drive(store)
+    assert sorted(again.engine.library.list(""), key=lambda file: file.created_ns) == [first, second]
+
+
+def test_a_file_that_other_settings_cannot_prefill_says_so(drive: Drive, two_chunks: Clip) -> None:
+    store = MemoryStore()
+    before = drive(store, keep_video=False)
+    record = before.upload(two_chunks)
+    before.engine.close()
+    after = drive(store, keep_video=False, low_precision="int8")
+    (file,) = after.engine.library.list("")
+    assert file.status == "error" and "upload it again" in file.status_details
+    with pytest.raises(VideoFailed, match="upload it again"):
+        after.start(record)
+    after.engine.close()
+    again = drive(store, keep_video=False)
+    assert again.engine.library.list("") == [record] and again.ask(record).error is None
+
+
 def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
     measure = drive()
     measure.upload(four_chunks)
@@ -333,6 +436,8 @@ def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Cl
     assert driver.ask(new).error is None
     lost = driver.engine.library.get(old.id, "")
     assert lost.status == "error" and "quota" in lost.status_details
+    assert lost.video == old.video.without_kvs() and lost.video.nbytes_low == 0
+    assert driver.engine.library._records.get(old.id) == lost
     with pytest.raises(VideoFailed, match="quota"):
         driver.start(old)
     assert 0 < driver.store.nbytes("kv/") + driver.store.nbytes("content/") <= quota
@@ -360,8 +465,12 @@ def test_a_file_whose_kvs_the_quota_removed_is_healed_from_its_bytes(drive: Driv
     text = driver.ask(record).text
     driver.engine.library.make_room(10**9 - two_chunks.path.stat().st_size - 2000)
     assert list(driver.store.keys("kv/")) == []
-    assert driver.engine.library.get(record.id, "").status == "processed"
+    lost = driver.engine.library.get(record.id, "")
+    assert lost.status == "processed" and "the quota removed them" in lost.status_details
+    assert lost.video == record.video.without_kvs() and driver.engine.library.list("") == [lost]
     assert driver.ask(record).text == text and driver.num_prefilled == 4
+    healed = driver.engine.library.get(record.id, "")
+    assert healed == replace(record, video=replace(record.video, prefill_s=healed.video.prefill_s))
     with pytest.raises(QuotaExceeded):
         driver.engine.library.check_room(10**9 + 1)
 

@@ -102,6 +102,43 @@ def test_deleting_at_one_stops_the_prefill_at_the_other(pair: tuple[Any, Any], l
     assert a.num_prefilled < 50
 
 
+def test_deleting_at_one_takes_what_the_other_makes_under_its_own_settings(
+    drive: Drive, stores: tuple[Store, Store], long_clip: Clip, two_chunks: Clip
+) -> None:
+    a, b = drive(stores[0]), drive(stores[1], low_precision="int8")
+    record = a.upload(two_chunks)
+    assert b.ask(record).error is None
+    assert a.engine.library.delete(record.id, "")
+    assert list(a.store.keys()) == []
+    with pytest.raises(FileNotFound):
+        b.start(record)
+    # While the other is still making its own.
+    record = a.upload(long_clip)
+    waiting = b.start(record)
+    until(lambda: b.engine.library.get(record.id, "").video.chunks_done >= 2 and b.num_prefilled >= 2)
+    assert a.engine.library.delete(record.id, "")
+    assert isinstance(waiting.wait().error, FileNotFound)
+    until(lambda: not list(a.store.keys()))
+    assert b.num_prefilled < 2 + 50 and b.engine._pool.nbytes == 0
+
+
+def test_what_the_quota_of_one_removed_is_told_at_the_other(
+    drive: Drive, stores: tuple[Store, Store], two_chunks: Clip
+) -> None:
+    a, b = (drive(store, store_quota_bytes=10**9) for store in stores)
+    record = a.upload(two_chunks)
+    text = b.ask(record).text
+    a.engine.library.make_room(10**9 - two_chunks.path.stat().st_size - 4000)
+    for driver in (a, b):
+        lost = driver.engine.library.get(record.id, "")
+        assert lost.status == "processed" and "the quota removed them" in lost.status_details
+        assert lost.video.nbytes_low == lost.video.nbytes_high == 0
+    assert b.ask(record).text == text
+    for driver in (a, b):
+        healed = driver.engine.library.get(record.id, "")
+        assert healed.status_details is None and healed.video.nbytes_low == record.video.nbytes_low
+
+
 def test_deleting_at_both_at_once(pair: tuple[Any, Any], two_chunks: Clip) -> None:
     a, b = pair
     kept, gone = a.upload(two_chunks), a.upload(two_chunks)
