@@ -1,7 +1,8 @@
 """Fields that this server cannot honour: refused by name where they would change the answer.
 
 Accepted where they ask for nothing, and so are all unknown ones: what clients send by themselves and has nothing to
-act on here (``reasoning_effort``, ``verbosity``, ``chat_template_kwargs``, ``parallel_tool_calls``, ``store``, ``metadata``, ``user``, ...). The dials count as a mistake outside ``x2l``.
+act on here (``reasoning_effort``, ``verbosity``, ``chat_template_kwargs``, ``parallel_tool_calls``, ``store``,
+``metadata``, ``user``, ...). The dials count as a mistake outside ``x2l``.
 """
 
 from __future__ import annotations
