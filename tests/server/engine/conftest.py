@@ -177,6 +177,23 @@ class Driver:
         return answer
 
     @contextlib.contextmanager
+    def slowly(self) -> Iterator[None]:
+        """Every chunk that is computed meanwhile takes its time, so that a prefill can be caught amid them."""
+        lane, over = self.engine._lane, threading.Event()
+        counted = lane._on_chunk
+
+        def count(took_s: float) -> None:
+            counted(took_s)
+            over.wait(0.2)
+
+        lane._on_chunk = count
+        try:
+            yield
+        finally:
+            over.set()
+            lane._on_chunk = counted
+
+    @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """What is started meanwhile comes to the engine all at once."""
         over = threading.Event()

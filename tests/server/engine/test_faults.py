@@ -197,10 +197,11 @@ def test_a_store_that_hangs_holds_one_question_up_and_no_other(drive: Drive, fou
 def test_a_question_does_not_wait_for_a_prefill_that_waits_for_the_store(drive: Drive, long_clip: Clip) -> None:
     store = FlakyStore()
     driver = drive(store, load_timeout_s=0.2)
-    record = driver.upload(long_clip, wait=False)
-    waiting = driver.start(record)
-    until(lambda: driver.engine.library.get(record.id, "").video.chunks_done >= 2)
-    store.broken = "kv/"
+    with driver.slowly():
+        record = driver.upload(long_clip, wait=False)
+        waiting = driver.start(record)
+        until(lambda: driver.engine.library.get(record.id, "").video.chunks_done >= 2)
+        store.broken = "kv/"
     assert isinstance(waiting.wait().error, StoreUnavailable)
     assert isinstance(driver.ask(record).error, StoreUnavailable)
     assert driver.engine.library.get(record.id, "").status == "uploaded"

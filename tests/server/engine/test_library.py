@@ -188,11 +188,12 @@ def test_what_other_settings_have_made_goes_too(drive: Drive, tmp_path: Path, tw
 
 def test_deleting_in_mid_prefill_leaves_nothing(drive: Drive, long_clip: Clip, tmp_path: Path) -> None:
     driver = drive()
-    record = driver.upload(long_clip, wait=False)
-    waiting = driver.start(record)
-    until(lambda: driver.engine.library.get(record.id, "").video.chunks_done >= 3)
-    assert list(driver.store.keys("kv/"))
-    assert driver.engine.library.delete(record.id, "")
+    with driver.slowly():
+        record = driver.upload(long_clip, wait=False)
+        waiting = driver.start(record)
+        until(lambda: driver.engine.library.get(record.id, "").video.chunks_done >= 3)
+        assert list(driver.store.keys("kv/"))
+        assert driver.engine.library.delete(record.id, "")
     assert list(driver.store.keys()) == [] and decoders() == [] and list(tmp_path.glob("upload-*")) == []
     assert isinstance(waiting.wait().error, FileNotFound)
     assert driver.engine._pool.nbytes == 0
@@ -303,9 +304,10 @@ def test_an_interrupted_upload_resumes_at_the_first_missing_chunk(
     text = whole.ask(whole.upload(long_clip)).text
     store = MemoryStore()
     before = drive(store)
-    record = before.upload(long_clip, wait=False)
-    until(lambda: before.engine.library.get(record.id, "").video.chunks_done >= 5)
-    before.engine.close()
+    with before.slowly():
+        record = before.upload(long_clip, wait=False)
+        until(lambda: before.engine.library.get(record.id, "").video.chunks_done >= 5)
+        before.engine.close()
     assert decoders() == [] and list(tmp_path.glob("upload-*")) == []
     done = {key.rpartition("/")[2] for key in store.keys("kv/") if "/thumb/" in key}
     store.delete(next(key for key in store.keys("kv/") if key.endswith("high/00004")))
@@ -321,8 +323,9 @@ def test_an_interrupted_upload_resumes_at_the_first_missing_chunk(
 def test_an_interrupted_upload_whose_bytes_were_not_kept_fails(drive: Drive, long_clip: Clip) -> None:
     store = MemoryStore()
     before = drive(store, keep_video=False)
-    record = before.upload(long_clip, wait=False)
-    before.engine.close()
+    with before.slowly():
+        record = before.upload(long_clip, wait=False)
+        before.engine.close()
     after = drive(store, keep_video=False)
     record = after.wait_processed(record)
     assert record.status == "error" and "upload it again" in record.status_details

@@ -49,12 +49,13 @@ def test_what_one_has_prefilled_the_other_answers_about(pair: tuple[Any, Any], f
 
 def test_a_question_at_one_waits_for_the_prefill_at_the_other(pair: tuple[Any, Any], long_clip: Clip) -> None:
     a, b = pair
-    record = a.upload(long_clip, wait=False)
-    until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 2)
-    assert b.engine.library.get(record.id, "").status == "uploaded"
-    assert b.engine.library.list("")[0].status == "uploaded"
-    waiting = b.start(record)
-    until(lambda: b.engine.library.get(record.id, "").video.chunks_done > 0)
+    with a.slowly():
+        record = a.upload(long_clip, wait=False)
+        until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 2)
+        assert b.engine.library.get(record.id, "").status == "uploaded"
+        assert b.engine.library.list("")[0].status == "uploaded"
+        waiting = b.start(record)
+        until(lambda: b.engine.library.get(record.id, "").video.chunks_done > 0)
     text = waiting.wait().text
     assert waiting.error is None and b.num_prefilled == 0 and a.num_prefilled == 50
     assert a.ask(record).text == text
@@ -81,9 +82,10 @@ def test_a_prefill_is_taken_over_from_a_replica_that_has_failed(
     drive: Drive, stores: tuple[Store, Store], long_clip: Clip
 ) -> None:
     a, b = (drive(store, lease_s=1.0) for store in stores)
-    record = a.upload(long_clip, wait=False)
-    until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 3)
-    a.engine._scheduler.plan = None
+    with a.slowly():
+        record = a.upload(long_clip, wait=False)
+        until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 3)
+        a.engine._scheduler.plan = None
     answer = b.ask(record)
     assert answer.error is None and b.engine.library.get(record.id, "").status == "processed"
     assert 0 < b.num_prefilled <= 50 - 3
@@ -92,10 +94,11 @@ def test_a_prefill_is_taken_over_from_a_replica_that_has_failed(
 
 def test_deleting_at_one_stops_the_prefill_at_the_other(pair: tuple[Any, Any], long_clip: Clip) -> None:
     a, b = pair
-    record = a.upload(long_clip, wait=False)
-    until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 2)
-    waiting = [a.start(record), b.start(record)]
-    assert b.engine.library.delete(record.id, "")
+    with a.slowly():
+        record = a.upload(long_clip, wait=False)
+        until(lambda: a.engine.library.get(record.id, "").video.chunks_done >= 2)
+        waiting = [a.start(record), b.start(record)]
+        assert b.engine.library.delete(record.id, "")
     assert all(isinstance(answer.wait().error, FileNotFound) for answer in waiting)
     assert a.engine.library.get(record.id, "") is None and a.engine.library.list("") == []
     until(lambda: not list(a.store.keys()))
@@ -114,9 +117,10 @@ def test_deleting_at_one_takes_what_the_other_makes_under_its_own_settings(
         b.start(record)
     # While the other is still making its own.
     record = a.upload(long_clip)
-    waiting = b.start(record)
-    until(lambda: b.engine.library.get(record.id, "").video.chunks_done >= 2 and b.num_prefilled >= 2)
-    assert a.engine.library.delete(record.id, "")
+    with b.slowly():
+        waiting = b.start(record)
+        until(lambda: b.engine.library.get(record.id, "").video.chunks_done >= 2 and b.num_prefilled >= 2)
+        assert a.engine.library.delete(record.id, "")
     assert isinstance(waiting.wait().error, FileNotFound)
     until(lambda: not list(a.store.keys()))
     assert b.num_prefilled < 2 + 50 and b.engine._pool.nbytes == 0

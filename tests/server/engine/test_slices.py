@@ -236,9 +236,10 @@ def test_an_engine_that_has_nothing_to_do_sleeps(
     engine.step = count
     engine.start()
     driver.upload(two_chunks)
-    deleted = driver.upload(long_clip, wait=False)
-    until(lambda: driver.num_prefilled > 6, 60)
-    engine.library.delete(deleted.id, "")
+    with driver.slowly():
+        deleted = driver.upload(long_clip, wait=False)
+        until(lambda: driver.num_prefilled > 6, 60)
+        engine.library.delete(deleted.id, "")
     driver.ask(None)
 
     def is_asleep() -> bool:

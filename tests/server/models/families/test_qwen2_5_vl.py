@@ -125,7 +125,7 @@ def test_what_changes_a_kv_changes_the_fingerprint(reference: Reference) -> None
     ]
     assert len({model.fingerprint for model in (same, *others)}) == 5
     for bad in ({"compressor": "magic"}, {"prefill_mode": "recent-0"}, {"low_ratio": 17}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+        with pytest.raises(ValueError, match=next(iter(bad)).replace("_", ".")):
             OnePassConfig(**bad)
 
 
