@@ -182,9 +182,11 @@ def test_a_video_that_is_gone_or_damaged_is_seen_to_as_if_alone(
 
 def test_deleting_one_of_the_videos_ends_the_question(drive: Drive, two_chunks: Clip, long_clip: Clip) -> None:
     driver = drive()
-    a, b = driver.upload(two_chunks), driver.upload(long_clip, wait=False)
-    waiting = driver.start([a, b])
-    driver.engine.library.delete(a.id, "")
+    a = driver.upload(two_chunks)
+    with driver.slowly():
+        b = driver.upload(long_clip, wait=False)
+        waiting = driver.start([a, b])
+        driver.engine.library.delete(a.id, "")
     assert isinstance(waiting.wait().error, FileNotFound)
 
 

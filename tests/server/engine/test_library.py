@@ -270,8 +270,9 @@ def test_a_video_past_the_models_positions_is_refused(
     # Taken by a replica whose model had room for it.
     store = MemoryStore()
     before = drive(store)
-    record = before.upload(long_clip, wait=False)
-    before.engine.close()
+    with before.slowly():
+        record = before.upload(long_clip, wait=False)
+        before.engine.close()
     after = drive(store, model=fresh_model(max_position_embeddings=30)).wait_processed(record)
     assert after.status == "error" and "positions for at most 3" in after.status_details
 
@@ -520,8 +521,9 @@ def test_closing_ends_what_does_not_finish_in_time(drive: Drive, two_chunks: Cli
     driver = drive(max_tokens=20_000)
     record = driver.upload(two_chunks)
     endless = driver.start(record, max_tokens=20_000)
-    waiting = driver.start(driver.upload(long_clip, wait=False), dial=Dial(reload=1))
-    assert endless.first.wait(30)
-    driver.engine.close(drain_s=0.1)
+    with driver.slowly():
+        waiting = driver.start(driver.upload(long_clip, wait=False), dial=Dial(reload=1))
+        assert endless.first.wait(30)
+        driver.engine.close(drain_s=0.1)
     assert isinstance(endless.wait().error, ShuttingDown) and isinstance(waiting.wait().error, ShuttingDown)
     assert decoders() == []
