@@ -31,6 +31,8 @@ _SHORT_PROMPT = 64
 """Tokens; questions are seldom longer."""
 _MOST_READ = 1 << 21
 """KV tokens, counted anew for each token that sees them: above, attention that reads them once for all is faster."""
+_MOST_PIECES = 1 << 12
+"""Segments, counted likewise: the host lists them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +162,14 @@ class DecoderModel(VideoModel):
         return fingerprint(settings, [part for part in vars(self).values() if isinstance(part, nn.Module)])
 
 
-def _is_short(prompts: Sequence[tuple[Tensor, KVCache]]) -> bool:
+def _is_short(prompts: Sequence[tuple[Tensor, MixedCache]]) -> bool:
     """Whether prompts, all together, are better read token by token."""
-    sizes = [len(ids) for ids, _ in prompts]
-    num_read = sum(size * cache.length for size, (_, cache) in zip(sizes, prompts, strict=True))
-    return sum(sizes) <= _SHORT_PROMPT and num_read <= _MOST_READ
+    sizes = [(len(ids), cache.length, len(cache.segments)) for ids, cache in prompts]
+    return (
+        sum(size for size, *_ in sizes) <= _SHORT_PROMPT
+        and sum(size * num_tokens for size, num_tokens, _ in sizes) <= _MOST_READ
+        and sum(size * num_segments for size, _, num_segments in sizes) <= _MOST_PIECES
+    )
 
 
 def stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:

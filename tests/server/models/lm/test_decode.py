@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -221,3 +222,29 @@ def test_fused_layers_in_a_pass_over_many_tokens(qk_norm: bool, with_vsts: bool)
     for layer, like in zip(projected, layers, strict=True):
         for part, other in zip(layer, like, strict=True):
             torch.testing.assert_close(part, other, atol=3e-4, rtol=1e-3)
+
+
+@with_kernels
+def test_a_model_scores_and_reads_short_prompts_as_without_the_kernels() -> None:
+    from server.models.base import Row
+    from server.models.lm.decode import Decoding
+    from server.models.registry import load_model
+
+    model: Any = load_model("tiny", device=DEVICE, dtype="float32")
+    spec = model.spec
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, spec.num_layers, spec.num_kv_heads, 5, spec.head_dim)
+    high = [ChunkKV(*torch.randn(shape, generator=generator).to(DEVICE), "high", 32) for _ in range(3)]
+    resident = RotatedKV.of([model.prefix(), *high], model.rope)
+    prompts = [torch.tensor(ids, device=DEVICE) for ids in ([5, 9, 33, 7, 12], [4, 8])]
+
+    def seen() -> tuple[Tensor, Tensor]:
+        caches = [SharedCache([Part(resident, i) for i in range(4)], model.rope, room=40) for _ in prompts]
+        queries = model.trace(prompts[0], caches[0]).queries
+        return queries, model.forward([Row(ids, cache) for ids, cache in zip(prompts, caches, strict=True)])
+
+    expected = seen()
+    heads = {"heads": spec.num_heads, "kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
+    model._decoding = Decoding(model.decoder, **heads, max_positions=512, max_rows=8)
+    for part, like in zip(seen(), expected, strict=True):
+        torch.testing.assert_close(part, like, atol=3e-4, rtol=1e-3)
