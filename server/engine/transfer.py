@@ -126,8 +126,8 @@ class Staging:
 
     def _take(self, nbytes: int) -> Tensor | None:
         """uint8 [nbytes]"""
-        if nbytes > len(self._memory) - self._used:
+        begin, end = self._used, self._used + nbytes
+        if end > len(self._memory):
             return None
-        room = self._memory[self._used : self._used + nbytes]
-        self._used = min(len(self._memory), self._used + -(-nbytes // _ALIGNED) * _ALIGNED)
-        return room
+        self._used = -(-end // _ALIGNED) * _ALIGNED  # past the end, if need be: then even nothing has no room
+        return self._memory[begin:end]

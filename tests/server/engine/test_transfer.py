@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compression.kv import ChunkKV
@@ -46,6 +46,7 @@ def inside(staging: Staging, tensor: torch.Tensor) -> bool:
 
 @given(st.integers(0, 5000), st.lists(st.integers(0, 9), min_size=1, max_size=4), st.booleans())
 @settings(deadline=None, max_examples=50)
+@example(13, [1, 0], True)
 def test_what_lies_elsewhere_goes_through_it_if_it_has_room(nbytes: int, sizes: list[int], positions: bool) -> None:
     staging = Staging(nbytes, pinned=False)
     kvs = [make_kv(tokens, seed=seed, positions=positions) for seed, tokens in enumerate(sizes)]
