@@ -159,6 +159,25 @@ def test_memory_is_limited_for_all_together(clips: Clips) -> None:
         read_all(path, memory_nbytes=128 << 20)
 
 
+# As if there were many cores: threads that a library starts by itself take more than a part of the memory.
+LARGE_STACKS = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_STACK, (1 << 30, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+os.execv(sys.executable, [sys.executable, "-I", *sys.argv[1:]])
+"""
+
+
+def test_one_of_several_starts_no_threads(clips: Clips) -> None:
+    command = [sys.executable, "-c", LARGE_STACKS, DECODER_COMMAND[-1]]
+    assert read_all(clips("mp4", **MANY).path, command=command, memory_nbytes=1 << 30) == 80
+
+
+def test_no_room_for_a_thread_is_no_damage(clips: Clips) -> None:
+    command = [sys.executable, "-c", LARGE_STACKS, DECODER_COMMAND[-1]]
+    with pytest.raises(VideoTooLarge, match="memory"):
+        read_all(clips("mp4", **MANY).path, command=command, memory_nbytes=1 << 30, max_processes=1)
+
+
 @pytest.mark.parametrize("fraction", [0.5, 0.9])
 def test_damage_is_reported_where_it_is(tmp_path: Path, fraction: float) -> None:
     path = write_clip(tmp_path / "clip.mp4", gop=5, duration_s=8.0).path
