@@ -278,6 +278,10 @@ def serving(
     from server.cli import fail
     from server.client import ServerError
 
+    def keep(result: dict[str, Any]) -> None:
+        if out is not None:
+            out.write_text(to_json(result) + "\n")
+
     try:
         sizes = Sizes(
             minutes,
@@ -290,11 +294,10 @@ def serving(
             memory_gb,
         )
         with _showing(sizes.num_steps) as tell:
-            result = run_serving(Target(model, device, dtype, serve), sizes, tell)
+            result = run_serving(Target(model, device, dtype, serve), sizes, tell, keep)
     except (ValueError, ServerUnusable, VideoRefused, ServerError, httpx.HTTPError, OSError) as error:
         fail(str(error) or type(error).__name__)
-    if out is not None:
-        out.write_text(to_json(result) + "\n")
+    keep(result)
     print("\n".join(format_table(result["table"])))
 
 

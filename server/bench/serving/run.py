@@ -76,9 +76,9 @@ class Sizes:
         return 4 + self.videos + 1 + decode + 2 * self.repeats + 2 * (self.repeats + 1)
 
 
-def run_serving(target: Target, sizes: Sizes, tell: Tell) -> dict[str, Any]:
-    """All rows, as the JSON that is published. Raises ValueError, ServerUnusable, VideoRefused, ServerError,
-    httpx.HTTPError, OSError."""
+def run_serving(target: Target, sizes: Sizes, tell: Tell, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All rows, as the JSON that is published; ``keep`` gets what there is of it after every part, in case that the
+    next one fails. Raises ValueError, ServerUnusable, VideoRefused, ServerError, httpx.HTTPError, OSError."""
     result: dict[str, Any] = circumstances("x2l", bundled=target.model == "tiny") | {
         "load_average": round(os.getloadavg()[0], 1),  # others' work slows everything
         "target": asdict(target),
@@ -99,6 +99,7 @@ def run_serving(target: Target, sizes: Sizes, tell: Tell) -> dict[str, Any]:
             dtype=target.dtype,
         )
         result |= facts
+        keep(result)
         servers = _Servers(target, sizes, folder / "store", stack.enter_context((folder / "log").open("w")))
         with servers.serve() as (served, asker):
             result["plan"] = {name: text for name, text in served.plan.items() if name != "store"}  # a temporary one
@@ -106,11 +107,13 @@ def run_serving(target: Target, sizes: Sizes, tell: Tell) -> dict[str, Any]:
             videos = [upload(asker, long)]
             result["prefill"] = _prefill(videos[0], facts["prefill_parts"])
             result["resident"] = measure_resident(asker, videos[0], floor, _ratio(served))
+            keep(result)
             for path in short:
                 tell("prefill", 1)
                 videos.append(upload(asker, path))
             tell("decode", 1)
             result["decode"] = _decode(served, asker, videos, sizes, floor, tell)
+            keep(result)
             result["load"] = measure_load(
                 asker,
                 videos[1:],
@@ -119,10 +122,12 @@ def run_serving(target: Target, sizes: Sizes, tell: Tell) -> dict[str, Any]:
                 floor,
                 lambda: tell(f"{sizes.concurrency} questions", 1),
             )
+            keep(result)
             result["follow_up"] = []
             if served.plan["device"].startswith("cuda"):  # elsewhere nothing stays
                 result["follow_up"].append(servers.follow_up("device", asker, videos[0], floor, None, tell))
-        _re_load(result, servers, videos[0], floor, tell)
+                keep(result)
+        _re_load(result, servers, videos[0], floor, tell, keep)
         result["full_kv_prefix_caching"] = full_cache(
             result["resident"], floor, 1e9 * result["disk_gb_s"], sizes.memory_gb
         )
@@ -172,7 +177,14 @@ class _Servers:
         return [path for path in self._store.rglob("*") if path.is_file()]
 
 
-def _re_load(result: dict[str, Any], servers: _Servers, video: UploadedVideo, floor: Floor, tell: Tell) -> None:
+def _re_load(
+    result: dict[str, Any],
+    servers: _Servers,
+    video: UploadedVideo,
+    floor: Floor,
+    tell: Tell,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
     """Follow-up questions to servers that keep no L-KV on the device: every one has to be read again."""
     disk = servers.disk_pace()
     result["disk_gb_s"] = round(disk / 1e9, 3)
@@ -184,6 +196,7 @@ def _re_load(result: dict[str, Any], servers: _Servers, video: UploadedVideo, fl
     for tier, (cache_nbytes, pace) in tiers.items():
         with servers.serve("--gpu-low-kv-budget", "0", "--store-cache-bytes", str(cache_nbytes)) as (_, asker):
             result["follow_up"].append(servers.follow_up(tier, asker, video, floor, pace, tell))
+        keep(result)
 
 
 def _prefill(video: UploadedVideo, parts: dict[str, Any]) -> dict[str, Any]:
