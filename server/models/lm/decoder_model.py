@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_SHORT_PROMPT = 64
+_SHORT_PROMPT = 128
 """Tokens; questions are seldom longer."""
-_MOST_READ = 1 << 21
+_MOST_READ = 1 << 22
 """KV tokens, counted anew for each token that sees them: above, attention that reads them once for all is faster."""
 _MOST_PIECES = 1 << 12
 """Segments, counted likewise: the host lists them all."""
