@@ -80,7 +80,7 @@ def test_the_bundled_tower_in_slices(num_frames: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_prefill_never_waits_for_the_gpu() -> None:
     model = load_model("tiny", device="cuda")
-    pixels = torch.randint(0, 256, (32, 3, 64, 96), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (32, 3, 64, 96), dtype=torch.uint8, device="cuda")
     made = []
     for attempt in range(2):  # the first makes what is kept, and may wait
         prefill = model.prefill()
