@@ -94,12 +94,13 @@ def prepare(given: argparse.Namespace, folder: Path, record: Record) -> None:
     """The checkpoint and the video. In processes of their own: what they take of the GPU goes with them."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as makers:
         begin_s = time.monotonic()
-        weights = makers.submit(write_checkpoint, given.family, folder / given.family, given.layers)
-        video = makers.submit(make_hour, folder / "hour.mp4", WIDTH, HEIGHT, FPS, given.minutes)
-        for name, made in (("video", video), ("checkpoint", weights)):
+        jobs = {"video": makers.submit(make_hour, folder / "hour.mp4", WIDTH, HEIGHT, FPS, given.minutes)}
+        if given.model is None:
+            jobs["checkpoint"] = makers.submit(write_checkpoint, given.family, folder / given.family, given.layers)
+        for name, made in jobs.items():
             made.result()
             record.add(**{f"{name}_made_s": round(time.monotonic() - begin_s, 1)})
-    checkpoint = sum(file.stat().st_size for file in (folder / given.family).iterdir())
+    checkpoint = sum(file.stat().st_size for file in (given.model or folder / given.family).iterdir())
     record.add(checkpoint_gb=round(checkpoint / 1e9, 2), file_mb=round((folder / "hour.mp4").stat().st_size / 1e6, 1))
 
 
@@ -218,11 +219,11 @@ def metrics(base_url: str) -> dict[str, float]:
 
 def run(given: argparse.Namespace, folder: Path, record: Record) -> None:
     prepare(given, folder, record)
-    options = ["--model", str(folder / given.family), *shlex.split(given.serve)]
+    options = ["--model", str(given.model or folder / given.family), *shlex.split(given.serve)]
     begin_s = time.monotonic()
     with given.out.with_suffix(".log").open("w") as log, serving(*options, log=log) as live:
         record.add(plan=dict(live.plan), server_ready_s=round(time.monotonic() - begin_s, 1))
-        shutil.rmtree(folder / given.family)  # nothing of the model hangs on its files
+        shutil.rmtree(folder / given.family, ignore_errors=True)  # nothing of the model hangs on its files
         measure(live, given, folder, record)
 
 
@@ -243,6 +244,7 @@ def measure(live: Live, given: argparse.Namespace, folder: Path, record: Record)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, required=True)
+    parser.add_argument("--model", type=Path, help="a folder with such a checkpoint, instead of one made here")
     parser.add_argument("--out", type=Path, required=True, help="JSON; the server's log is written beside it")
     parser.add_argument("--minutes", type=int, default=60)
     parser.add_argument("--fps", type=float, default=1.0, help="frames sampled a second")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -21,7 +21,7 @@ from checkpoints import TINY, layout
 from server.models.videoxl.clip import CLIP_L_14_336
 
 FAMILIES = ("videoxl", "qwen2_5_vl")
-VOCAB_SIZE, NUM_TEXT_TOKENS = 152_064, 151_643
+VOCAB_SIZE, NUM_TEXT_TOKENS, NUM_LEARNT = 152_064, 151_643, 4096
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -41,7 +41,7 @@ def write_checkpoint(family: str, folder: Path, num_layers: int | None = None) -
     models, but for ``num_layers`` of the language model. The weights are drawn from a fixed seed, on a GPU if there is
     one: small enough for what they compute to stay finite."""
     folder.mkdir(parents=True)
-    tokenizer = byte_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.save_pretrained(folder)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
     write = {"videoxl": _write_videoxl, "qwen2_5_vl": _write_qwen2_5_vl}[family]
@@ -50,13 +50,18 @@ def write_checkpoint(family: str, folder: Path, num_layers: int | None = None) -
     write_tensors(folder, shapes, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte for whatever is read, and a word for every other id, so that random answers can be read too."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {symbol: index for index, symbol in enumerate(alphabet)}
-    vocab |= {f"Ġw{index}": index for index in range(len(vocab), NUM_TEXT_TOKENS)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Questions take about as many tokens as with a published tokenizer; and there is a word for every other id, so
+    that random answers can be read too."""
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    trainer = trainers.BpeTrainer(vocab_size=NUM_LEARNT, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    learnt = json.loads(tokenizer.to_str())["model"]
+    vocab = learnt["vocab"] | {f"Ġw{index}": index for index in range(len(learnt["vocab"]), NUM_TEXT_TOKENS)}
+    tokenizer.model = models.BPE(vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIALS])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
