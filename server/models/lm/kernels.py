@@ -296,7 +296,7 @@ def gemv(
     and up, and what comes out is silu(gate) * up. ``add_to`` [1, n_out] is added to in place."""
     num_out = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((1, num_out), dtype=x.dtype, device=x.device) if add_to is None else add_to
-    # The fastest of those tried on an H200 (tests/benchmarks/results/decode_roofline.json).
+    # The fastest of those tried on an H200 (tests/benchmarks/results/decode_roofline_h200.json).
     others = (8, 512, 4) if gated else (4, 512, 4)
     block_n, block_k, num_warps = GEMV_BLOCKS.get((weight.shape[0], x.shape[1]), others)
     _gemv[triton.cdiv(num_out, block_n),](
