@@ -58,10 +58,11 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
     def reserve(self, num_tokens: int) -> None:
-        """Makes room for ``num_tokens`` more, doubling the buffers where they are too small."""
+        """Makes room for ``num_tokens`` more. Buffers that are too small grow to twice their size, but large ones only
+        by so much: an hour's KVs would otherwise take the room of two."""
         needed = self.num_own + num_tokens
         if needed > self.capacity:
-            grow = (0, 0, 0, max(needed, 2 * self.capacity) - self.capacity)
+            grow = (0, 0, 0, max(needed - self.capacity, min(self.capacity, _MOST_GROWTH)))
             self.keys = torch.nn.functional.pad(self.keys, grow)
             self.values = torch.nn.functional.pad(self.values, grow)
 
