@@ -35,8 +35,8 @@ from server.video.frames import Frames
 
 WIDTH, HEIGHT = 640, 360
 KINDS = {
-    "matrix products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|_gemv",
     "attention": r"flash|fmha|attention|_attend|_merge|softmax",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|_gemv",
     "copies": r"copy|Memcpy|Memset|cat|index|gather|scatter",
     "norms and gates": r"norm|_gate|silu|gelu",
 }
