@@ -13,6 +13,8 @@ from compression.rope import Rope
 
 _ROTATED_TOKENS = 1 << 16
 """Times layers: rotated together."""
+_MOST_GROWTH = 1 << 15
+"""KV tokens."""
 
 
 class KVCache:

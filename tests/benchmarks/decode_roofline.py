@@ -274,7 +274,7 @@ def graph_ms(model: Decoder, config: DecoderConfig, caches: list[MixedCache], pr
     }
     captured = decoding._graphs.get((1 << (len(caches) - 1).bit_length(), decoding._plan.capacity, False))
     if captured is not None:
-        row["device_ms"] = 1e3 * median_s(captured[0].replay, 10)
+        row["device_ms"] = 1e3 * median_s(captured.replay, 10)
     if profile:
         row["kernels_us"] = profiled(lambda: decoding.step([Step(7, cache) for cache in caches]))
     return row

@@ -32,6 +32,8 @@ _SMALLEST_ITEM, _LARGEST_ITEM = 64, 1024
 """KV tokens."""
 _LEAST_ITEMS, _MOST_ITEMS = 128, 1 << 15
 """Of a graph, by powers of two."""
+_ITEMS_A_ROW, _MOST_ITEMS_WARM = 64, 1 << 12
+"""Of the graphs that are captured before anybody asks: an hour's video takes fewer items a row."""
 _NOWHERE_NBYTES = 4096
 """Where rows that only fill a graph up write their keys and values; more than a head."""
 
@@ -67,18 +69,24 @@ class Decoding:
         self.max_rows = 1 << (max_rows - 1).bit_length()
         self._state = _Mirror((5, self.max_rows), self._device)  # ids, positions, lengths, seeds, temperatures
         self._plan = _Plan(self.max_rows, self._device)
+        # What comes out. With results of its own each of the many graphs would keep as much memory.
         self._queries = weight.new_empty((len(model.layers), self.max_rows, heads, head_dim))
-        self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
+        self._logits = weight.new_empty((self.max_rows, len(model.head_weight)), dtype=torch.float32)
+        self._tokens = torch.zeros(self.max_rows, dtype=torch.int64, device=self._device)
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Captures the graphs of all numbers of rows over short caches, and has everything compiled that they need, so
-        that the first answers need not wait for it."""
+        """Captures the graphs that most answers need, and has everything compiled, so that nobody waits for it."""
         self._fill([])
-        for exponent in range(self.max_rows.bit_length()):
-            self._run(1 << exponent)
-        self._run(self.max_rows, traced=True)
+        for num_rows in (1 << exponent for exponent in range(self.max_rows.bit_length())):
+            most = min(max(_ITEMS_A_ROW * num_rows, 4 * _LEAST_ITEMS), _MOST_ITEMS_WARM)
+            capacity = _LEAST_ITEMS
+            while capacity <= most:  # there are no items yet, whatever their number
+                self._run(num_rows, capacity)
+                self._run(num_rows, capacity, traced=True)
+                capacity *= 2
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Step]) -> tuple[list[int], Tensor]:
@@ -87,29 +95,28 @@ class Decoding:
         for row in rows:
             row.cache.reserve(1)
         self._fill([_Row(row.cache, 0, row.token, row.seed, row.temperature) for row in rows])
-        tokens, logits = self._run(len(rows))
-        chosen: list[int] = tokens[: len(rows)].tolist()  # the one wait for the device
+        self._run(len(rows), self._plan.capacity)
+        chosen: list[int] = self._tokens[: len(rows)].tolist()  # the one wait for the device
         for row in rows:
             row.cache.advance(1)
-        return chosen, logits[: len(rows)]
+        return chosen, self._logits[: len(rows)]
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[tuple[Tensor, KVCache]]) -> Tensor:
         """Appends ids [n] to every cache, all together at most ``max_rows``; the logits [prompts, vocab] of their last
         tokens. Does not wait for the device."""
-        num_rows = self._fill_prompts(prompts)
-        _, logits = self._run(num_rows)
+        self._run(self._fill_prompts(prompts), self._plan.capacity)
         ends = accumulate(len(ids) for ids, _ in prompts)
         for ids, cache in prompts:
             cache.advance(len(ids))
-        return torch.stack([logits[end - 1] for end in ends])
+        return torch.stack([self._logits[end - 1] for end in ends])
 
     @torch.inference_mode()
     def trace(self, ids: Tensor, cache: KVCache) -> Tensor:
         """The queries [layers, heads, n, head_dim] before RoPE of ``ids`` [n], at most ``max_rows``, behind ``cache``,
         which does not advance. Does not wait for the device."""
         num_rows = self._fill_prompts([(ids, cache)])
-        self._run(num_rows, traced=True)
+        self._run(num_rows, self._plan.capacity, traced=True)
         return self._queries[:, :num_rows].transpose(1, 2).contiguous()
 
     def _fill_prompts(self, prompts: Sequence[tuple[Tensor, KVCache]]) -> int:
@@ -129,22 +136,20 @@ class Decoding:
         state[:, : len(rows)] = torch.tensor([row.fields for row in rows], dtype=torch.int64).view(-1, len(state)).T
         self._state.upload()
 
-    def _run(self, num_rows: int, *, traced: bool = False) -> tuple[Tensor, Tensor]:
-        """Tokens [rows or more] and logits; if ``traced``, only the queries are of use."""
-        key = 1 << max(num_rows - 1, 0).bit_length(), self._plan.capacity, traced
-        if not self._use_graphs:
-            return self._compute(*key)
-        if key not in self._graphs:
+    def _run(self, num_rows: int, num_items: int, *, traced: bool = False) -> None:
+        """For the rows and items in the buffers, or more: the tokens and logits, or only the queries if ``traced``."""
+        key = 1 << max(num_rows - 1, 0).bit_length(), num_items, traced
+        if self._use_graphs and key not in self._graphs:
             try:
                 self._capture(*key)
             except Exception:
                 _log.exception("no CUDA graph could be captured; decoding goes on without")
                 self._use_graphs = False
                 self._graphs.clear()
-                return self._compute(*key)
-        graph, results = self._graphs[key]
-        graph.replay()
-        return results
+        if self._use_graphs:
+            self._graphs[key].replay()
+        else:
+            self._compute(*key)
 
     def _capture(self, num_rows: int, num_items: int, traced: bool) -> None:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -154,11 +159,11 @@ class Decoding:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            results = self._compute(num_rows, num_items, traced)
+            self._compute(num_rows, num_items, traced)
         self._pool = self._pool or graph.pool()
-        self._graphs[num_rows, num_items, traced] = graph, results
+        self._graphs[num_rows, num_items, traced] = graph
 
-    def _compute(self, num_rows: int, num_items: int, traced: bool) -> tuple[Tensor, Tensor]:
+    def _compute(self, num_rows: int, num_items: int, traced: bool) -> None:
         """Nothing in here depends on what is in the buffers, nor waits for the device."""
         ids, positions, lengths, seeds, temperature_bits = self._state.device[:, :num_rows]
         batch = _Batch(
@@ -170,11 +175,12 @@ class Decoding:
             layer, attend = self._model.layer(index), partial(batch.attend, index)
             x = layer.step(x, attend) if isinstance(layer, FusedLayer) else _plain(layer, x, attend)
         if traced:
-            return ids, x
+            return
         temperatures = temperature_bits.view(torch.float64).float()
-        logits = linear(self._model.norm(x), self._model.head_weight).float()
+        logits = self._logits[:num_rows]
+        logits.copy_(linear(self._model.norm(x), self._model.head_weight))
         kernels.perturb(logits, temperatures, seeds, positions)
-        return logits.argmax(-1), logits
+        torch.argmax(logits, -1, out=self._tokens[:num_rows])
 
 
 @dataclass(frozen=True, slots=True)
