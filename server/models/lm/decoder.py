@@ -215,6 +215,10 @@ class LanguageModel(nn.Module, ABC):
 
         self._fused = fused(cast(Sequence[LayerLike], self.layers), head_dim)
 
+    def unfuse(self) -> None:
+        """Runs as before :meth:`fuse`."""
+        self._fused = ()
+
     def layer(self, index: int) -> LayerLike:
         """As it runs."""
         return self._fused[index] if self._fused else cast(LayerLike, self.layers[index])

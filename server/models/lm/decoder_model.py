@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_SHORT_PROMPT = 128
-"""Tokens; questions are seldom longer."""
-_MOST_READ = 1 << 22
-"""KV tokens, counted anew for each token that sees them: above, attention that reads them once for all is faster."""
-_MOST_PIECES = 1 << 12
-"""Segments, counted likewise: the host lists them all."""
-
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
@@ -96,7 +89,7 @@ class DecoderModel(VideoModel):
     def forward(self, rows: Sequence[Row]) -> Tensor:
         if self._decoding is not None and all(row.image is None for row in rows):
             prompts = [(row.ids, row.cache) for row in rows]
-            if _is_short(prompts):
+            if self._decoding.takes(prompts):
                 return self._decoding.read(prompts)
         windows = [self._window(row) for row in rows]
         hidden, _ = self.decoder(windows)
@@ -114,20 +107,26 @@ class DecoderModel(VideoModel):
         except ImportError as error:
             _log.warning("decoding is slow without Triton: %s", error)
             return None
-        self._decoding = Decoding(
-            self.decoder,
-            heads=spec.num_heads,
-            kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            max_positions=spec.max_positions,
-            max_rows=max(max_rows, _SHORT_PROMPT),
-        )
-        self._decoding.warm_up()
-        return self._decoding
+        try:
+            decoding = Decoding(
+                self.decoder,
+                heads=spec.num_heads,
+                kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                max_positions=spec.max_positions,
+                max_rows=max_rows,
+            )
+            decoding.warm_up()
+        except Exception:  # of a GPU, a driver or a compiler that they do not suit
+            _log.exception("decoding is slow: its kernels do not run here")
+            self.decoder.unfuse()
+            return None
+        self._decoding = decoding
+        return decoding
 
     @torch.inference_mode()
     def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:
-        if self._decoding is not None and _is_short([(ids, cache)]):
+        if self._decoding is not None and self._decoding.takes([(ids, cache)]):
             queries = self._decoding.trace(ids, cache)
             return QueryTrace(queries[: self.scorer.num_layers], cache.next_position)
         window = Window(self.decoder.embed_tokens(ids), cache)
@@ -160,16 +159,6 @@ class DecoderModel(VideoModel):
         """Over ``settings``, which must tell all that changes a KV but the weights, and the weights."""
         # A model keeps what it runs as attributes.
         return fingerprint(settings, [part for part in vars(self).values() if isinstance(part, nn.Module)])
-
-
-def _is_short(prompts: Sequence[tuple[Tensor, MixedCache]]) -> bool:
-    """Whether prompts, all together, are better read token by token."""
-    sizes = [(len(ids), cache.length, len(cache.segments)) for ids, cache in prompts]
-    return (
-        sum(size for size, *_ in sizes) <= _SHORT_PROMPT
-        and sum(size * num_tokens for size, num_tokens, _ in sizes) <= _MOST_READ
-        and sum(size * num_segments for size, _, num_segments in sizes) <= _MOST_PIECES
-    )
 
 
 def stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:

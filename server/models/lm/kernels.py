@@ -1,7 +1,10 @@
-"""Triton kernels of a decoding step: one new token a row, over caches in pieces. Nothing imports this without a GPU.
+"""Triton kernels of a decoding step or of short prompts, a token a row, over caches in pieces. Nothing imports this
+without a GPU.
 
-All of them read what changes from step to step (tokens, places, lengths, where KVs lie) from device memory and have
-launch grids that do not depend on it, so a CUDA graph can hold them.
+Rows lie in tiles, each of one cache and of as many tokens as the launch says: a decoding step's of one, a prompt's of
+several, one behind the other, for which the cache is read once. All of them read what changes from step to step
+(tokens, places, lengths, where KVs lie) from device memory and have launch grids that do not depend on it, so a CUDA
+graph can hold them.
 """
 
 # ruff: noqa: N803
@@ -18,9 +21,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ITEM_FIELDS = 8
-"""int64 of an item, a run of KV tokens of one row: addresses of its first key and value in layer 0 and head 0, elements
-from layer to layer and from head to head, row, offset (see :class:`compression.mixed.Segment`), tokens, and where it
-begins among the row's own tokens; -1 for shared ones. An item of own tokens ends where these end."""
+"""int64 of an item, a run of KV tokens for one tile: addresses of its first key and value in layer 0 and head 0,
+elements from layer to layer and from head to head, the tile's first row, offset (see
+:class:`compression.mixed.Segment`), tokens, and where it begins among the cache's own tokens; -1 for shared ones. Of an
+item of own tokens each row sees those up to its own."""
 TAIL_FIELDS = 4
 """int64 of a row's own tokens: addresses of the first key and value, elements from layer to layer and head to head."""
 LAUNCH: dict[str, Any] = {"OVERLAP": False}
@@ -66,8 +70,8 @@ def _append(
 @triton.jit(do_not_specialize=["layer"])
 def _attend(
     q, items, lengths, positions, table, shares, weights, layer, q_row, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -78,20 +82,31 @@ def _attend(
     field = items + item * 8
     row, offset = tl.load(field + 4), tl.load(field + 5)
     count, first = tl.load(field + 6), tl.load(field + 7)
-    if first >= 0:
-        count = tl.minimum(count, tl.load(lengths + row) + 1 - first)
-    count = count.to(tl.int32)
     m, d, n = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM), tl.arange(0, BLOCK_N)
-    share = (item * tl.num_programs(1) + kv_head) * GROUP + m
-    if count <= 0:
-        tl.store(weights + share, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=m < GROUP)
+    token, used = m // GROUP, m < TOKENS * GROUP
+    if TOKENS == 1:
+        seen = count
+        if first >= 0:
+            seen = tl.minimum(count, tl.load(lengths + row) + 1 - first)
+        count = seen.to(tl.int32)
     else:
-        from_q = q + row * q_row + (kv_head * GROUP + m)[:, None] * HEAD_DIM
+        own = tl.load(lengths + row + token, mask=used, other=0) + 1 - first
+        seen = tl.where(first >= 0, tl.minimum(count, own), count).to(tl.int32)
+        count = tl.max(tl.where(used, seen, 0), 0)
+    share = (item * tl.num_programs(1) + kv_head) * TOKENS * GROUP + m
+    if count <= 0:
+        tl.store(weights + share, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=used)
+    else:
+        from_q = q + (row + token)[:, None] * q_row + (kv_head * GROUP + m % GROUP)[:, None] * HEAD_DIM
         partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
-        heads = (m < GROUP)[:, None]
+        heads = used[:, None]
         x = tl.load(from_q + d[None, :], mask=heads, other=0.0).to(tl.float32)
         y = tl.load(from_q + partner[None, :], mask=heads, other=0.0).to(tl.float32)
-        queries = _rotated(x, y, table, tl.load(positions + row) - offset, d[None, :], HALF).to(dtype)
+        if TOKENS == 1:
+            queries = _rotated(x, y, table, tl.load(positions + row) - offset, d[None, :], HALF).to(dtype)
+        else:
+            position = tl.load(positions + row + token, mask=used, other=0) - offset
+            queries = _rotated(x, y, table, tl.where(used, position, 0)[:, None], d[None, :], HALF).to(dtype)
         place = layer * tl.load(field + 2) + kv_head * tl.load(field + 3)
         keys = tl.load(field).to(tl.pointer_type(dtype)) + place
         values = tl.load(field + 1).to(tl.pointer_type(dtype)) + place
@@ -105,37 +120,43 @@ def _attend(
             k_at, v_at = tl.multiple_of(keys + at, [16, 16]), tl.multiple_of(values + at, [16, 16])
             k = tl.load(k_at, mask=inside[:, None], other=0.0)
             logits = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
-            logits = tl.where(inside[None, :], logits, float("-inf"))
+            if TOKENS == 1:
+                logits = tl.where(inside[None, :], logits, float("-inf"))
+            else:
+                logits = tl.where((start + n)[None, :] < seen[:, None], logits, float("-inf"))
             higher = tl.maximum(best, tl.max(logits, 1))
-            mass = tl.exp2(logits - higher[:, None])
-            shrink = tl.exp2(best - higher)
+            # A row that has seen nothing yet must not take infinity from infinity.
+            base = higher if TOKENS == 1 else tl.where(higher == float("-inf"), 0.0, higher)
+            mass = tl.exp2(logits - base[:, None])
+            shrink = tl.exp2(best - base)
             total = total * shrink + tl.sum(mass, 1)
             v = tl.load(v_at, mask=inside[:, None], other=0.0)
             out = out * shrink[:, None] + tl.dot(mass.to(dtype), v, input_precision="ieee")
             best = higher
-        tl.store(shares + share[:, None] * HEAD_DIM + d[None, :], out / total[:, None], mask=heads)
-        tl.store(weights + share, best + tl.log2(total), mask=m < GROUP)
+        divisor = total if TOKENS == 1 else tl.where(total > 0, total, 1.0)
+        tl.store(shares + share[:, None] * HEAD_DIM + d[None, :], out / divisor[:, None], mask=heads)
+        tl.store(weights + share, best + tl.log2(divisor), mask=used)
 
 
 @triton.jit
 def _merge(
-    shares, weights, ranges, out, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    shares, weights, ranges, out, TOKENS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    begin, end = tl.load(ranges + row), tl.load(ranges + row + 1)
+    tile, token = row // TOKENS, row % TOKENS
+    begin, end = tl.load(ranges + tile), tl.load(ranges + tile + 1)
     i, d = tl.arange(0, BLOCK), tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     best = float("-inf")
     total = 0.0
     merged = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(begin, end, BLOCK):
         items = start + i
-        # head = kv_head * GROUP + its place in the group, and so do the shares lie.
-        at = items * KV_HEADS * GROUP + head
+        at = ((items * KV_HEADS + head // GROUP) * TOKENS + token) * GROUP + head % GROUP
         # Both are asked for at once, although some shares of no weight were never written.
         inside = items < end
         weight = tl.load(weights + at, mask=inside, other=float("-inf"))
@@ -247,28 +268,31 @@ def append(
 
 def attend(
     queries: Tensor, items: Tensor, ranges: Tensor, lengths: Tensor, positions: Tensor, table: Tensor, layer: int,
-    kv_heads: int, *, block: int = 64, num_warps: int = 4, num_stages: int = 3,
+    kv_heads: int, *, tile: int = 1, block: int = 64, num_warps: int = 4, num_stages: int = 3,
 ) -> Tensor:  # fmt: skip
-    """``queries`` [rows, heads, head_dim] before RoPE, each over its row's items with what was appended -> the same
+    """``queries`` [rows, heads, head_dim] before RoPE, each over its tile's items with what was appended -> the same
     shape.
 
-    Row ``r`` has the items ``ranges[r]`` to ``ranges[r + 1]``; those behind the last row's are passed over.
+    Of ``tile`` rows each, tile ``t`` has the items ``ranges[t]`` to ``ranges[t + 1]``; those behind the last one's are
+    passed over.
     """
     rows, heads, head_dim = queries.shape
     group, num_items = heads // kv_heads, len(items)
-    shares = torch.empty((num_items, heads, head_dim), dtype=torch.float32, device=queries.device)
-    weights = torch.empty((num_items, heads), dtype=torch.float32, device=queries.device)
+    shares = torch.empty((num_items, tile * heads, head_dim), dtype=torch.float32, device=queries.device)
+    weights = torch.empty((num_items, tile * heads), dtype=torch.float32, device=queries.device)
     _attend[num_items, kv_heads](
         queries, items, lengths, positions, table, shares, weights, layer, queries.stride(0),
         head_dim**-0.5 * 1.4426950408889634,  # the kernel's exponentials are powers of two
-        GROUP=group, HEAD_DIM=head_dim, HALF=table.shape[-1], BLOCK_M=max(16, triton.next_power_of_2(group)),
-        BLOCK_N=block, STAGES=num_stages, num_warps=num_warps, **LAUNCH,
+        TOKENS=tile, GROUP=group, HEAD_DIM=head_dim, HALF=table.shape[-1],
+        BLOCK_M=max(16, triton.next_power_of_2(tile * group)), BLOCK_N=block, STAGES=num_stages, num_warps=num_warps,
+        **LAUNCH,
     )  # fmt: skip
     out = torch.empty((rows, heads, head_dim), dtype=queries.dtype, device=queries.device)
     block_d = min(head_dim, 32)  # few rows are many programs all the same
     _merge[rows, heads, head_dim // block_d](
-        shares, weights, ranges, out, GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
-        BLOCK=max(16, min(64, triton.next_power_of_2(num_items // rows))), BLOCK_D=block_d, num_warps=4, **LAUNCH,
+        shares, weights, ranges, out, TOKENS=tile, GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+        BLOCK=max(16, min(64, triton.next_power_of_2(num_items * tile // rows))), BLOCK_D=block_d, num_warps=4,
+        **LAUNCH,
     )  # fmt: skip
     return out
 

@@ -27,7 +27,7 @@ with_kernels = pytest.mark.skipif(
 def _short_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter takes its time over programs that have nothing to do."""
     if _HAS_TRITON:
-        monkeypatch.setattr("server.models.lm.decode._LEAST_ITEMS", 4)
+        monkeypatch.setattr("server.models.lm.plan.LEAST_ITEMS", 4)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() and not _INTERPRETED else "cpu"
@@ -164,7 +164,9 @@ def test_a_decoder_that_has_warmed_up_captures_nothing_more(monkeypatch: pytest.
     from server.models.base import Step
     from server.models.lm.decode import Decoding
 
-    monkeypatch.setattr("server.models.lm.decode._LEAST_ITEMS", 16)
+    for module in ("decode", "plan"):
+        monkeypatch.setattr(f"server.models.lm.{module}.LEAST_ITEMS", 16)
+    monkeypatch.setattr("server.models.lm.decode._PROMPT_ROWS", 8)
     model = decoder()
     decoding = Decoding(model, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=2)
     decoding.warm_up()
@@ -181,7 +183,7 @@ def test_a_decoder_that_has_warmed_up_captures_nothing_more(monkeypatch: pytest.
 @with_kernels
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_short_prompts_by_the_kernels(qk_norm: bool) -> None:
-    """Read and traced token by token, as in one piece."""
+    """Read and traced a row a token, as in one piece."""
     from server.models.base import Step
     from server.models.lm.decode import Decoding
 
@@ -189,7 +191,7 @@ def test_short_prompts_by_the_kernels(qk_norm: bool) -> None:
     decoding = Decoding(model, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=8)
     (first, first_copy), (second, second_copy) = caches(plain, 7, 40, seed=0), caches(plain, 3, 9, seed=100)
     generator = torch.Generator().manual_seed(5)
-    for sizes in ((5, 3), (1, 6), (4, 4)):
+    for sizes in ((5, 3), (1, 6), (19, 9)):
         ids = [torch.randint(0, VOCAB, (size,), generator=generator).to(DEVICE) for size in sizes]
         with torch.inference_mode():
             projected = whole(plain.slices([Window(plain.embed_tokens(ids[0]), first_copy)]))
@@ -248,3 +250,25 @@ def test_a_model_scores_and_reads_short_prompts_as_without_the_kernels() -> None
     model._decoding = Decoding(model.decoder, **heads, max_positions=512, max_rows=8)
     for part, like in zip(seen(), expected, strict=True):
         torch.testing.assert_close(part, like, atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
+def test_where_the_kernels_do_not_run_a_model_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from server.models.base import Row
+    from server.models.lm import kernels
+    from server.models.registry import load_model
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    model: Any = load_model("tiny", device=DEVICE, dtype="float32")
+    cache = SharedCache([Part(RotatedKV.of([model.prefix()], model.rope), 0)], model.rope, room=8)
+    ids = torch.tensor([5, 9, 33], device=DEVICE)
+    before = model.forward([Row(ids, cache)])
+    monkeypatch.setattr(kernels, "attend", fail)
+    assert model.step_decoder(4) is None
+    assert "no such instruction" in caplog.text
+    cache.length = cache.num_mixed
+    assert torch.equal(model.forward([Row(ids, cache)]), before)
