@@ -33,22 +33,35 @@ class VideoXLModules(nn.Module):
 def load_modules(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> VideoXLModules:
     """Builds the model from a checkpoint's tensors, whose storage it takes over, on their device.
 
-    Where a checkpoint has no VST weights, the projections are those of plain tokens and the VST embedding is the row of
+    VST weights that a checkpoint does not have are those of plain tokens, and the VST embedding is the row of
     ``eos_token_id``. Raises CheckpointError for tensors that are missing, left over or of the wrong shape.
     """
     state = {_inside(name): tensor for name, tensor in tensors.items() if "vision_model.post_layernorm." not in name}
-    for name in list(state):
-        owner, attention, leaf = name.rpartition(".self_attn.")
-        if name.startswith("decoder.") and leaf.startswith(("q_proj", "k_proj", "v_proj")):
-            state.setdefault(f"{owner}{attention}beacon_{leaf}", state[name])
-    embeddings, eos_id = state.get("decoder.embed_tokens.weight"), end_ids(config)[:1]
-    if embeddings is not None and eos_id and eos_id[0] < len(embeddings):
-        state.setdefault("decoder.beacon_embed_tokens.weight", embeddings[eos_id[0] : eos_id[0] + 1])
+    state = _untrained_vsts(state, config) | state
     with without_values():
         modules = VideoXLModules(config)
     if modules.decoder.config.tie_word_embeddings:
         state.pop("decoder.lm_head.weight", None)  # the same as the embeddings
     return load_into(modules, state, shown=_outside)
+
+
+def missing_vsts(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the VST weights that a checkpoint does not have."""
+    state = {_inside(name): tensor for name, tensor in tensors.items()}
+    return sorted(map(_outside, _untrained_vsts(state, config).keys() - state.keys()))
+
+
+def _untrained_vsts(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the published code begins its training with."""
+    made = {}
+    for name, tensor in state.items():
+        owner, attention, leaf = name.rpartition(".self_attn.")
+        if name.startswith("decoder.") and leaf.startswith(("q_proj", "k_proj", "v_proj")):
+            made[f"{owner}{attention}beacon_{leaf}"] = tensor
+    embeddings, eos_id = state.get("decoder.embed_tokens.weight"), end_ids(config)[:1]
+    if embeddings is not None and eos_id and eos_id[0] < len(embeddings):
+        made["decoder.beacon_embed_tokens.weight"] = embeddings[eos_id[0] : eos_id[0] + 1]
+    return made
 
 
 def end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from server.models.base import ModelSpec
 from server.models.hub import read_json
 from server.models.lm.decoder_model import PromptConfig
 from server.models.tensors import CheckpointError, TensorFolder
-from server.models.videoxl.checkpoint import end_ids, load_modules
+from server.models.videoxl.checkpoint import end_ids, load_modules, missing_vsts
 from server.models.videoxl.compression_config import CompressionConfig, read_compression
 from server.models.videoxl.model import VideoXL
+
+_log = logging.getLogger(__name__)
 
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 """What precedes the video. What follows it is tokenised apart."""
@@ -77,11 +80,19 @@ def load_pretrained(
         end_ids=_end_ids(folder, config, tokenizer),
     )
     tensors = TensorFolder(folder)
-    outline = load_modules(config, tensors.outline())
+    shapes = tensors.outline()
+    outline = load_modules(config, shapes)
     encoder, num_layers = outline.encoder, outline.encoder.tower.config.num_hidden_layers
     if not -num_layers <= encoder.select_layer + 1 <= num_layers + 1:
         raise CheckpointError(
             f"config.json: mm_vision_select_layer is {encoder.select_layer}, but the tower has {num_layers} layers"
+        )
+    if missing := missing_vsts(config, shapes):
+        _log.warning(
+            "untrained copies stand in for %d tensors of summary tokens that %s lacks: %s, ...",
+            len(missing),
+            name,
+            missing[0],
         )
     spec = _spec(name, config, encoder.tokens_per_frame, compression)
     modules = load_modules(config, tensors.read(device, dtype))

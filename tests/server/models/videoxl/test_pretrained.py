@@ -130,7 +130,7 @@ def test_any_dtype_becomes_the_one_asked_for(tmp_path: Path, stored: torch.dtype
         assert all(kv.isfinite().all() and kv.dtype == model.dtype for kv in kvs(model))
 
 
-def test_missing_vst_weights_are_those_of_plain_tokens(tmp_path: Path) -> None:
+def test_missing_vst_weights_are_those_of_plain_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = {name: tensor for name, tensor in WEIGHTS.items() if "beacon" not in name}
     model = load(write_checkpoint(tmp_path, weights, files="sharded"))
     attention = model.decoder.layers[1].self_attn
@@ -139,6 +139,15 @@ def test_missing_vst_weights_are_those_of_plain_tokens(tmp_path: Path) -> None:
         assert torch.equal(ours.weight, copied.weight) and torch.equal(ours.bias, copied.bias)
     assert torch.equal(model.decoder.beacon_embed_tokens.weight[0], WEIGHTS["model.embed_tokens.weight"][151])
     assert all(kv.isfinite().all() for kv in kvs(model))
+    assert f"for {sum('beacon' in name for name in WEIGHTS)} tensors" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.beacon_q_proj.weight", "model.beacon_embed_tokens.weight"])
+def test_a_vst_weight_that_is_missing_is_told(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    load(write_checkpoint(tmp_path / "whole", WEIGHTS))
+    assert caplog.text == ""
+    load(write_checkpoint(tmp_path / "less", {other: tensor for other, tensor in WEIGHTS.items() if other != name}))
+    assert "for 1 tensors" in caplog.text and name in caplog.text
 
 
 def test_the_tower_ends_where_the_configuration_says_and_has_no_last_norm(plain: VideoXL, tmp_path: Path) -> None:
