@@ -251,9 +251,9 @@ def _unrotated(cache: KVCache, model: VideoXL, start: int, stop: int) -> Iterato
 
 def main(arguments: list[str]) -> int:
     """Prints a line per case; see the module's docstring for the exit codes."""
-    if not arguments:
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
-        return 2
+        return 0 if arguments else 2
     status = 0
     for argument in arguments:
         results = check_file(Path(argument))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,9 @@ from server.video.frames import Frames
 
 _log = logging.getLogger(__name__)
 
+_COMPUTING = 0.1
+"""Of a GPU's memory: for passes, and for the caches of questions."""
+
 
 class Engine:
     """Answers questions about videos and prefills them, many at a time.
@@ -57,6 +61,8 @@ class Engine:
         share = share and not model.scorer.reads_chunks  # which the shared ones are not
         self._caches: Caches = Shares(model, options.shared_low_nbytes) if share else Copies(model)
         self._decoder = model.step_decoder(options.max_batch)
+        if options.prefill_nbytes is None:
+            options = self._options = replace(options, prefill_nbytes=_free_nbytes(model.device, options))
         self._pool = ResidentPool(options.resident_nbytes, self._caches.resident)
         self._writers = ThreadPoolExecutor(options.writer_threads, "x2l-write")
         self._scheduler = Scheduler(max_batch=options.max_batch, prefill_share=options.prefill_share)
@@ -362,3 +368,13 @@ class Engine:
             if not self._in_flight:
                 self._idle.set()
         self._residency.retry()
+
+
+def _free_nbytes(device: torch.device, options: EngineOptions) -> int | None:
+    """What a prefill may remember on a GPU, beside the KVs that are kept for questions and what is computed with."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    kept = (options.resident_nbytes or 0) + options.shared_low_nbytes + options.prefetch_nbytes
+    return max(0, free - kept - int(_COMPUTING * total))

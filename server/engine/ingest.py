@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -23,10 +22,11 @@ from kvstore.manifest import ChunkRecord, Manifest
 from kvstore.resident import HighKV
 from kvstore.video import VideoStore
 from server.engine.decoded import Decoded, collect
+from server.engine.fit import check_resident, choose_mode, least_resident_nbytes, plan_chunks
 from server.models.base import Prefill, VideoModel
 from server.models.device import asked_so_far, pinned, to_device, to_host
 from server.models.slices import Slices
-from server.video.errors import VideoCancelled, VideoTooLarge
+from server.video.errors import VideoCancelled
 from server.video.reader import Sampling, VideoInfo, VideoLimits, VideoReader
 
 _CHUNKS_AHEAD = 2
@@ -64,8 +64,10 @@ class Ingest:
         *,
         verify: bool = False,
         resident_nbytes: int | None = None,
+        prefill_nbytes: int | None = None,
     ) -> None:
-        """``resident_nbytes`` bound the prefix and the H-KVs of a video that is to stay on the device."""
+        """``resident_nbytes`` bound the prefix and the H-KVs of a video that is to stay on the device,
+        ``prefill_nbytes`` what its prefill remembers there."""
         self.key = key
         self.info: VideoInfo | None = None
         """Known once the file was opened, here or before."""
@@ -80,6 +82,7 @@ class Ingest:
         self._wake = wake
         self._verify = verify
         self._resident_nbytes = resident_nbytes
+        self._prefill_nbytes = prefill_nbytes
         self._queue: queue.Queue[Decoded | _Stored] = queue.Queue(_CHUNKS_AHEAD)
         self._num_chunks = 0
         self._mode = model.prefill_mode
@@ -177,7 +180,7 @@ class Ingest:
         if self.info is None:
             with self._open(path, sampling, limits) as reader:
                 self.info = reader.info
-        self._mode = choose_mode(self._model, self.info, sampling)
+        self._mode = choose_mode(self._model, self.info, sampling, self._prefill_nbytes)
         check_resident(least_resident_nbytes(self._model, self.info), self._resident_nbytes)
         plan = plan_chunks(self.info, self._model.spec.frames_per_chunk)
         self._num_chunks = len(plan)
@@ -220,7 +223,7 @@ class Ingest:
     def _append(self, item: Decoded | _Stored) -> Slices[bool]:
         """Prefills the next chunk, or takes it as it was stored; whether it had to be computed."""
         if self._prefill is None:
-            self._prefix, self._prefill = self._model.prefix(), self._model.prefill(self._mode)
+            self._prefix, self._prefill = self._model.prefix(), self._model.prefill(self._mode, self._num_chunks)
         last = item.chunk.index == self._num_chunks - 1
         if isinstance(item, _Stored):
             self._restore(item, self._prefill)
@@ -329,50 +332,3 @@ class Ingest:
         self._prefilled.set()
         self._wake()
         return cause
-
-
-def choose_mode(model: VideoModel, info: VideoInfo, sampling: Sampling) -> str:
-    """The first of the model's prefill modes in which a video fits into its positions.
-
-    Raises VideoTooLarge, which tells what fits, where there is none.
-    """
-    modes = model.prefill_modes(info.width, info.height, 1 / info.interval_s)
-    for mode, most in modes:
-        if info.num_frames <= most:
-            return mode
-    most = max(most for _, most in modes)
-    raise VideoTooLarge(
-        f"The video has {info.num_frames} sampled frames; {model.spec.name} has positions for at most {most}, "
-        f"which are {most / sampling.fps:.1f} s at {sampling.fps:g} fps. Lower fps or set max_frames.",
-        code="video_too_long",
-    )
-
-
-def least_resident_nbytes(model: VideoModel, info: VideoInfo) -> int:
-    """What a video's H-KVs take at least; the prefix and what models keep of a chunk besides come on top."""
-    spec = model.spec
-    token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
-    chunks = plan_chunks(info, spec.frames_per_chunk)
-    num_visual = (model.num_visual_tokens(chunk.num_frames, info.width, info.height) for chunk in chunks)
-    return token_nbytes * sum(num // spec.high_ratio for num in num_visual)
-
-
-def check_resident(nbytes: int, budget_nbytes: int | None) -> None:
-    """Raises VideoTooLarge for prefix and H-KVs with which no question could ever be answered."""
-    if budget_nbytes is not None and nbytes > budget_nbytes:
-        raise VideoTooLarge(
-            f"The video's small KVs take {nbytes} bytes or more, and the server keeps at most {budget_nbytes} bytes on "
-            "its device (--gpu-kv-budget). Lower fps, set max_frames, or give the server a larger --gpu-kv-budget."
-        )
-
-
-def plan_chunks(info: VideoInfo, frames_per_chunk: int) -> tuple[Chunk, ...]:
-    """The chunks of a video: ``frames_per_chunk`` frames each, the last what remains; they cover it without a gap."""
-    count = math.ceil(info.num_frames / frames_per_chunk)
-    chunks = []
-    for index in range(count):
-        first = index * frames_per_chunk
-        stop = min(first + frames_per_chunk, info.num_frames)
-        end_s = info.duration_s if index == count - 1 else stop * info.interval_s
-        chunks.append(Chunk(index, first * info.interval_s, end_s, stop - first))
-    return tuple(chunks)

@@ -21,7 +21,8 @@ from kvstore.key import KVKey
 from kvstore.manifest import Manifest
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
-from server.engine.ingest import Ingest, check_resident, choose_mode, least_resident_nbytes
+from server.engine.fit import check_resident, choose_mode, least_resident_nbytes
+from server.engine.ingest import Ingest
 from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, FileSource, FileStatus, VideoStatus
 from server.engine.records import Records
@@ -302,7 +303,7 @@ class Library:
 
     def _probe(self, path: Path, sampling: Sampling) -> VideoInfo:
         with VideoReader(path, sampling, self._limits) as reader:
-            choose_mode(self._model, reader.info, sampling)
+            choose_mode(self._model, reader.info, sampling, self._options.prefill_nbytes)
             check_resident(least_resident_nbytes(self._model, reader.info), self._options.resident_nbytes)
             return reader.info
 

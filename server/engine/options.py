@@ -19,6 +19,9 @@ class EngineOptions:
     while questions are running as well, and the rest to the questions. ``spool`` is the folder for temporary files,
     ``low_precision`` how L-KVs are stored.
 
+    A video whose prefill would remember more than ``prefill_nbytes`` on the device takes a cheaper mode (None: as much
+    as is free there when the engine starts, but for what the others may take).
+
     With ``share_kvs`` the caches of all questions see the same KVs of a video instead of a copy each (None: where that
     pays, on a GPU); then up to ``shared_low_nbytes`` of the L-KVs used last stay on the device, and up to
     ``prefetch_nbytes`` of others are there that were read ahead.
@@ -40,6 +43,7 @@ class EngineOptions:
     store_quota_bytes: int | None = None
     spool: Path | None = None
     resident_nbytes: int | None = None
+    prefill_nbytes: int | None = None
     share_kvs: bool | None = None
     shared_low_nbytes: int = 1 << 31
     prefetch_nbytes: int = 0

@@ -132,6 +132,7 @@ class Prefills:
             self._wake,
             verify=verify,
             resident_nbytes=self._options.resident_nbytes,
+            prefill_nbytes=self._options.prefill_nbytes,
         )
         ingest.info = info
         return ingest

@@ -11,7 +11,8 @@ from pathlib import Path
 from kvstore.codec import Precision
 from kvstore.key import ContentKey, Fingerprint, KVKey, SampledKey
 from kvstore.manifest import ChunkRecord, Manifest
-from server.engine.ingest import Ingest, plan_chunks
+from server.engine.fit import plan_chunks
+from server.engine.ingest import Ingest
 from server.engine.record import FileStatus, VideoStatus
 from server.models.base import VideoModel
 from server.video.reader import Sampling, VideoInfo

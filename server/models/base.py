@@ -172,8 +172,14 @@ class VideoModel(ABC):
         """The KV of the fixed text before the video, at ratio 1 (the "sink")."""
 
     @abstractmethod
-    def prefill(self, mode: str | None = None) -> Prefill:
-        """Starts the prefill of one video, in one of ``prefill_modes`` (None: ``prefill_mode``)."""
+    def prefill(self, mode: str | None = None, num_chunks: int = 0) -> Prefill:
+        """Starts the prefill of one video, in one of ``prefill_modes`` (None: ``prefill_mode``). Where it is known that
+        it has ``num_chunks``, room for what it remembers of them may be made at once."""
+
+    @abstractmethod
+    def num_remembered(self, mode: str, num_visual: int, num_chunks: int) -> int:
+        """About as many KV tokens as the prefill of a whole video holds at its end, for ``num_visual`` visual tokens in
+        ``num_chunks`` chunks. Thread-safe."""
 
     @abstractmethod
     def tokenize(self, turns: Sequence[Turn], *, behind_media: bool = True) -> list[int]:

@@ -48,6 +48,11 @@ class Past:
         num_rest = num_chunks - num_low
         return num_low, num_rest if self.num_high is None else min(num_rest, self.num_high)
 
+    def num_tokens(self, num_visual: int, num_chunks: int, low_ratio: int, high_ratio: int) -> int:
+        """About as many as :meth:`seen` chunks have, of ``num_chunks`` with ``num_visual`` visual tokens."""
+        num_low, num_high = self.seen(num_chunks)
+        return num_visual * num_low // (num_chunks * low_ratio) + num_visual * num_high // (num_chunks * high_ratio)
+
 
 class Memory:
     """The KVs of the prefix and of the chunks that the next one sees."""
@@ -88,12 +93,12 @@ class Memory:
 
 
 def longest_videos(own: str, longest: Callable[[str], int]) -> tuple[tuple[str, int], ...]:
-    """``own`` and the modes that stand in for it, each with its ``longest``; one that takes no longer videos than the
-    one before is left out."""
+    """``own`` and the modes that stand in for it, each with its ``longest``; one that takes shorter videos than the one
+    before is left out. Another that takes as long ones needs less of a device's memory."""
     modes: list[tuple[str, int]] = []
     for mode in dict.fromkeys((own, *CHEAPER)):
         most = longest(mode)
-        if not modes or most > modes[-1][1]:
+        if not modes or most >= modes[-1][1]:
             modes.append((mode, most))
     return tuple(modes)
 

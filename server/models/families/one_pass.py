@@ -169,8 +169,12 @@ class OnePassModel(DecoderModel):
 
         return longest_videos(self.prefill_mode, longest)
 
-    def prefill(self, mode: str | None = None) -> OnePassPrefill:
-        return OnePassPrefill(self, mode or self.prefill_mode)
+    def prefill(self, mode: str | None = None, num_chunks: int = 0) -> OnePassPrefill:
+        return OnePassPrefill(self, mode or self.prefill_mode, num_chunks)
+
+    def num_remembered(self, mode: str, num_visual: int, num_chunks: int) -> int:
+        config = self.compression
+        return Past.of(mode).num_tokens(num_visual, num_chunks, config.low_ratio, config.high_ratio)
 
     def _image_window(self, image: VisualTokens, cache: KVCache) -> Window:
         return _arrange(image, self.vision.lay_out_image(image, cache.next_position), cache)[0]
@@ -200,13 +204,15 @@ class OnePassModel(DecoderModel):
 class OnePassPrefill:
     """A chunk's pass runs over the compressed memory of the chunks before it, and over its own tokens uncompressed."""
 
-    def __init__(self, model: OnePassModel, mode: str) -> None:
+    def __init__(self, model: OnePassModel, mode: str, num_chunks: int = 0) -> None:
         self._model = model
-        prefix = model.prefix()
+        prefix, past = model.prefix(), Past.of(mode)
         cache = KVCache(prefix, model.rope, capacity=2 * prefix.num_tokens)
         cache.append(prefix)
         self._start = cache.next_position
-        self._memory = Memory(cache, Past.of(mode))
+        self._memory = Memory(cache, past)
+        self._expected = num_chunks if past.num_low is None else 0
+        """Chunks whose L-KVs there is to be room for."""
 
     def append(self, features: VisualTokens, *, last: bool) -> tuple[ChunkKV, ChunkKV]:
         """See :meth:`server.models.base.Prefill.append`."""
@@ -220,7 +226,7 @@ class OnePassPrefill:
         yield
         kept = both_levels(COMPRESSORS[config.compressor], raw, config.low_ratio, config.high_ratio)
         low, high = (raw.with_others(part.kv) for part in kept)
-        self._memory.append(low, high)
+        self._remember(low, high)
         return low, high
 
     @torch.inference_mode()
@@ -234,6 +240,13 @@ class OnePassPrefill:
     @torch.inference_mode()
     def restore(self, num_visual_tokens: int, low: ChunkKV, high: ChunkKV) -> None:
         """See :meth:`server.models.base.Prefill.restore`."""
+        self._remember(low, high)
+
+    def _remember(self, low: ChunkKV, high: ChunkKV) -> None:
+        # To make room for an hour's KVs bit by bit is to hold most of them twice for a while.
+        if self._expected:
+            self._memory.cache.reserve((self._expected + self._model.compression.low_ratio) * low.num_tokens)
+            self._expected = 0
         self._memory.append(low, high)
 
     def _read(self, tokens: VisualTokens, last: bool) -> Slices[RawChunk]:

@@ -18,7 +18,7 @@ from compression.score import Scorer
 from server.models.base import ModelSpec, PositionLimitError
 from server.models.lm.decoder import Decoder, Places, Window
 from server.models.lm.decoder_model import DecoderModel, PromptConfig, stack
-from server.models.memory import Memory, longest_videos
+from server.models.memory import Memory, Past, longest_videos
 from server.models.positions import longest_video
 from server.models.slices import Slices, whole
 from server.models.videoxl.compression_config import CompressionConfig
@@ -67,8 +67,13 @@ class VideoXL(DecoderModel):
     def encoding(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Slices[Tensor]:
         return (yield from self._encoder().see(pixels, times_s))
 
-    def prefill(self, mode: str | None = None) -> VideoXLPrefill:
+    def prefill(self, mode: str | None = None, num_chunks: int = 0) -> VideoXLPrefill:
+        # Positions are few, and so is what is remembered: it may grow.
         return VideoXLPrefill(self, mode or self.compression.prefill_mode)
+
+    def num_remembered(self, mode: str, num_visual: int, num_chunks: int) -> int:
+        past, ratios = Past.of(mode), (self.compression.low_ratio, self.compression.high_ratio)
+        return sum(one.num_tokens(num_visual, num_chunks, *ratios) for one in (past, past.in_high_pass))
 
     def prefill_modes(self, width: int, height: int, fps: float) -> tuple[tuple[str, int], ...]:
         return self._modes

@@ -298,6 +298,19 @@ def test_a_video_takes_the_first_mode_that_has_room(
     assert ours == theirs
 
 
+def test_a_video_takes_the_first_mode_that_fits_into_memory(drive: Drive, four_chunks: Clip, long_clip: Clip) -> None:
+    driver = drive()
+    exact = driver.upload(long_clip)
+    assert exact.video.prefill_mode == "exact"
+    # What the L pass of the long video would remember alone does not fit.
+    little = drive(prefill_nbytes=exact.video.nbytes_low - 1)
+    short, long = little.upload(four_chunks), little.upload(long_clip)
+    assert (short.video.prefill_mode, long.video.prefill_mode) == ("exact", "recent-2")
+    assert little.ask(long).error is None
+    with pytest.raises(VideoTooLarge, match="bytes or more of KVs on the device, where there is room for 1000"):
+        drive(prefill_nbytes=1000).upload(long_clip)
+
+
 def test_an_interrupted_upload_resumes_at_the_first_missing_chunk(
     drive: Drive, long_clip: Clip, tmp_path: Path
 ) -> None:

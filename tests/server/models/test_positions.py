@@ -118,6 +118,6 @@ def prefill_all(model: VideoXL, num_frames: int) -> int:
 
 
 def test_a_model_has_the_modes_in_which_more_fits(model: VideoXL) -> None:
-    (first, exact), (second, cheaper) = model.prefill_modes(320, 240, 1.0)
-    assert (first, second) == ("exact", "recent-2") and exact < cheaper
+    (first, exact), (second, cheaper), *others = model.prefill_modes(320, 240, 1.0)
+    assert (first, second) == ("exact", "recent-2") and exact < cheaper <= min(most for _, most in others)
     # Its windows are so small that a question then needs more positions than the prefill: no other mode saves any.

@@ -1,0 +1,73 @@
+"""A video's chunks, and whether it fits: into the model's positions, and onto its device."""
+
+from __future__ import annotations
+
+import math
+
+from compression.chunk import Chunk
+from server.models.base import VideoModel
+from server.video.errors import VideoTooLarge
+from server.video.reader import Sampling, VideoInfo
+
+
+def plan_chunks(info: VideoInfo, frames_per_chunk: int) -> tuple[Chunk, ...]:
+    """The chunks of a video: ``frames_per_chunk`` frames each, the last what remains; they cover it without a gap."""
+    count = math.ceil(info.num_frames / frames_per_chunk)
+    chunks = []
+    for index in range(count):
+        first = index * frames_per_chunk
+        stop = min(first + frames_per_chunk, info.num_frames)
+        end_s = info.duration_s if index == count - 1 else stop * info.interval_s
+        chunks.append(Chunk(index, first * info.interval_s, end_s, stop - first))
+    return tuple(chunks)
+
+
+def choose_mode(model: VideoModel, info: VideoInfo, sampling: Sampling, memory_nbytes: int | None) -> str:
+    """The first of the model's prefill modes in which a video fits into its positions, and what a prefill remembers
+    into ``memory_nbytes`` (None: no bound).
+
+    Raises VideoTooLarge, which tells what fits, where there is none.
+    """
+    modes = model.prefill_modes(info.width, info.height, 1 / info.interval_s)
+    fitting = [mode for mode, most in modes if info.num_frames <= most]
+    if not fitting:
+        most = max(most for _, most in modes)
+        raise VideoTooLarge(
+            f"The video has {info.num_frames} sampled frames; {model.spec.name} has positions for at most {most}, "
+            f"which are {most / sampling.fps:.1f} s at {sampling.fps:g} fps. Lower fps or set max_frames.",
+            code="video_too_long",
+        )
+    visual = _visual(model, info)
+    needed = [_token_nbytes(model) * model.num_remembered(mode, sum(visual), len(visual)) for mode in fitting]
+    for mode, nbytes in zip(fitting, needed, strict=True):
+        if memory_nbytes is None or nbytes <= memory_nbytes:
+            return mode
+    raise VideoTooLarge(
+        f"The prefill of the video keeps {min(needed)} bytes or more of KVs on the device, where there is room for "
+        f"{memory_nbytes}. Lower fps or set max_frames."
+    )
+
+
+def least_resident_nbytes(model: VideoModel, info: VideoInfo) -> int:
+    """What a video's H-KVs take at least; the prefix and what models keep of a chunk besides come on top."""
+    return _token_nbytes(model) * sum(num // model.spec.high_ratio for num in _visual(model, info))
+
+
+def check_resident(nbytes: int, budget_nbytes: int | None) -> None:
+    """Raises VideoTooLarge for prefix and H-KVs with which no question could ever be answered."""
+    if budget_nbytes is not None and nbytes > budget_nbytes:
+        raise VideoTooLarge(
+            f"The video's small KVs take {nbytes} bytes or more, and the server keeps at most {budget_nbytes} bytes on "
+            "its device (--gpu-kv-budget). Lower fps, set max_frames, or give the server a larger --gpu-kv-budget."
+        )
+
+
+def _visual(model: VideoModel, info: VideoInfo) -> list[int]:
+    """Of each chunk."""
+    chunks = plan_chunks(info, model.spec.frames_per_chunk)
+    return [model.num_visual_tokens(chunk.num_frames, info.width, info.height) for chunk in chunks]
+
+
+def _token_nbytes(model: VideoModel) -> int:
+    spec = model.spec
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
