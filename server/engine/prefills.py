@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from kvstore.base import Store
 from kvstore.content import ContentStore
 from kvstore.errors import CorruptBlob, DamagedVideo, StoreError, StoreUnavailable
@@ -222,6 +224,9 @@ class Prefills:
             self._put_off(video, job, error)
         except (VideoError, PositionLimitError, StoreError) as error:
             result = str(error)
+        except torch.OutOfMemoryError as error:
+            _log.warning("a prefill did not fit into the device's memory: %s", error)
+            result = "its prefill did not fit into the device's memory, beside what else ran there"
         except Exception:
             _log.exception("a prefill has failed")
             result = "an internal error, which the server has logged"

@@ -324,6 +324,13 @@ def test_an_error_in_a_prefill_fails_that_file(
     model.encoding = None  # type: ignore[assignment, method-assign]
     record = driver.upload(four_chunks)
     assert record.status == "error" and "internal error" in record.status_details
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.encoding = full  # type: ignore[assignment, method-assign]
+    again = driver.upload(four_chunks)
+    assert again.status == "error" and "did not fit into the device's memory" in again.status_details
     model.encoding = encoding  # type: ignore[method-assign]
     assert driver.upload(two_chunks).status == "processed"
     assert driver.upload(four_chunks).status == "processed"
