@@ -121,6 +121,11 @@ class Engine:
         self._lane = Lane(model.device, self.metrics.prefilled)
 
     @property
+    def prefill_nbytes(self) -> int | None:
+        """What a prefill may remember on the device; None: no bound."""
+        return self._options.prefill_nbytes
+
+    @property
     def ready(self) -> bool:
         """Whether questions are taken."""
         return self._open and self._thread.is_alive()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
 from compression.chunk import Chunk
 from server.models.base import VideoModel
 from server.video.errors import VideoTooLarge
 from server.video.reader import Sampling, VideoInfo
+
+_MOST_CHUNKS = 1_000_000
+"""Where no bound is met, this is long enough."""
 
 
 def plan_chunks(info: VideoInfo, frames_per_chunk: int) -> tuple[Chunk, ...]:
@@ -46,6 +50,18 @@ def choose_mode(model: VideoModel, info: VideoInfo, sampling: Sampling, memory_n
         f"The prefill of the video keeps {min(needed)} bytes or more of KVs on the device, where there is room for "
         f"{memory_nbytes}. Lower fps or set max_frames."
     )
+
+
+def longest_in_memory(model: VideoModel, mode: str, width: int, height: int, memory_nbytes: int | None) -> int:
+    """The most frames, in whole chunks, of which a prefill in ``mode`` remembers no more than ``memory_nbytes``."""
+    size = model.spec.frames_per_chunk
+    num_visual = model.num_visual_tokens(size, width, height)
+
+    def nbytes(num_chunks: int) -> int:
+        return _token_nbytes(model) * model.num_remembered(mode, num_chunks * num_visual, num_chunks)
+
+    most = _MOST_CHUNKS if memory_nbytes is None else bisect_right(range(_MOST_CHUNKS), memory_nbytes, lo=1, key=nbytes)
+    return (most - 1) * size
 
 
 def least_resident_nbytes(model: VideoModel, info: VideoInfo) -> int:
