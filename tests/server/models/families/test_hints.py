@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_transformers import noise, save_qwen2_5_vl
+from tiny_transformers import edit_json, noise, save_qwen2_5_vl
 
 from compression.score import AttentionScorer
 from server.models.families.one_pass import OnePassModel
@@ -18,8 +17,7 @@ from server.models.tensors import CheckpointError
 
 def write(folder: Path, **hints: Any) -> str:
     save_qwen2_5_vl(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"x2l": hints}))
+    edit_json(folder / "config.json", x2l=hints)
     return str(folder)
 
 
