@@ -213,6 +213,7 @@ def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
         ({"mm_projector_type": "linear"}, "mm_projector_type"),
         ({"vocab_size": 100}, "the tokenizer has"),
         ({"mm_vision_select_layer": -9}, "mm_vision_select_layer is -9"),
+        ({"scorer_heads": [[2, 0]]}, r"scorer_heads names \[2, 0\], but there are 2 layers of 4 heads"),
     ],
 )
 def test_a_configuration_that_is_not_supported_is_named(tmp_path: Path, change: dict[str, Any], named: str) -> None:
