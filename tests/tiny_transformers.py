@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ def save_llava_onevision(folder: Path) -> PreTrainedModel:
 
 SAVE = {"qwen2_5_vl": save_qwen2_5_vl, "qwen3_vl": save_qwen3_vl, "llava_onevision": save_llava_onevision}
 """Every family, by the type in its ``config.json``."""
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Sets some of an object's values in a file, which may be new."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | values))
 
 
 def noise(num_frames: int, width: int, height: int, *, interval_s: float = 1.0) -> Frames:

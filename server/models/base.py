@@ -18,6 +18,7 @@ from compression.mixed import MixedCache
 from compression.rope import Rope
 from compression.score import QueryTrace, Scorer
 from server.models.slices import Slices, whole
+from server.models.tensors import CheckpointError
 from server.video.frames import Frames
 
 Role = Literal["system", "user", "assistant"]
@@ -42,6 +43,14 @@ def check_ratios(low_ratio: int, high_ratio: int) -> None:
             f"low ratio {low_ratio} must not exceed high ratio {high_ratio} (--low-ratio and --high-ratio; the model's "
             "own where one is not given)"
         )
+
+
+def check_scorer_heads(heads: Sequence[Sequence[int]], num_layers: int, num_heads: int) -> None:
+    """Raises CheckpointError for a (layer, head) pair that a language model does not have."""
+    for layer, head in heads:
+        if not (0 <= layer < num_layers and 0 <= head < num_heads):
+            known = f"{num_layers} layers of {num_heads} heads, counted from 0"
+            raise CheckpointError(f"config.json: scorer_heads names [{layer}, {head}], but there are {known}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from server.models.base import VideoModel
 from server.models.families.supported import FAMILIES, family_loader
 from server.models.hub import UnknownModelError as UnknownModelError
 from server.models.hub import find_folder, read_json
+from server.models.tensors import CheckpointError
 from server.models.tiny.model import load_tiny
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -59,6 +60,7 @@ def load_model(
         folder = find_folder(name)
         served = folder.resolve().name if Path(name).expanduser().is_dir() else name
         config = read_json(folder / "config.json")
+        _refuse_quantized(config)
         family = family_loader(config)
         if family is not None:
             return family(folder, served, **options, compressor=compressor)
@@ -74,6 +76,15 @@ def load_model(
 def _refuse(compressor: str | None, name: str) -> None:
     if compressor is not None:
         raise ValueError(f"{name} makes its own summaries of a video: it takes no compressor")
+
+
+def _refuse_quantized(config: dict[str, Any]) -> None:
+    """Raises CheckpointError, which names the method, for weights that are not plain numbers."""
+    for part in (config, config.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
+        if found:
+            method = found.get("quant_method", "another method") if isinstance(found, dict) else found
+            raise CheckpointError(f"quantized with {method}: such checkpoints are not supported")
 
 
 def _loader(config: dict[str, Any], name: str) -> Loader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
 _STRAY = ("embeddings.position_ids", "rotary_emb.inv_freq")
-_MOST_NAMES = 20
+_MOST_NAMES = 10
+_INITS = "torch.nn.init", "transformers.initialization"  # which puts its functions in place of the former's
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,19 +69,19 @@ class TensorFolder:
 @contextmanager
 def without_values() -> Iterator[None]:
     """Modules made inside have shapes and no values (the meta device): :func:`load_into` gives them some."""
-    with torch.device("meta"), _Uninitialised():
+    with torch.device("meta"), Uninitialised():
         yield
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Skips ``torch.nn.init``. Without values there is nothing to draw, and drawing there loads torch's compiler first:
-    as long again as loading torch."""
+class Uninitialised(TorchFunctionMode):
+    """Skips ``torch.nn.init``. Without values there is nothing to draw, and drawing on the meta device loads torch's
+    compiler first: as long again as loading torch."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        drawing = getattr(func, "__module__", None) == "torch.nn.init"
+        drawing = getattr(func, "__module__", None) in _INITS
         return kwargs["tensor"] if drawing else func(*args, **kwargs)
 
 
@@ -91,19 +92,30 @@ def load_into(module: M, state: Mapping[str, Tensor], shown: Callable[[str], str
     """
     state = {name: tensor for name, tensor in state.items() if not name.endswith(_STRAY)}
     wanted = module.state_dict()
-    problems = []
-    if missing := wanted.keys() - state.keys():
-        problems.append(f"missing tensors: {_list(map(shown, missing))}")
-    if left_over := state.keys() - wanted.keys():
-        problems.append(f"unexpected tensors: {_list(map(shown, left_over))}")
     common = wanted.keys() & state.keys()
-    if misshapen := [name for name in common if wanted[name].shape != state[name].shape]:
-        shapes = (f"{shown(n)} {list(state[n].shape)} instead of {list(wanted[n].shape)}" for n in misshapen)
-        problems.append(f"tensors of another shape: {_list(shapes)}")
-    if problems:
-        raise CheckpointError("; ".join(problems))
+    refuse_misfits(
+        map(shown, wanted.keys() - state.keys()),
+        map(shown, state.keys() - wanted.keys()),
+        ((shown(name), state[name].shape, wanted[name].shape) for name in common),
+    )
     module.load_state_dict(state, assign=True)
     return module
+
+
+def refuse_misfits(
+    missing: Iterable[str], left_over: Iterable[str], shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]
+) -> None:
+    """Raises CheckpointError if there are any; ``shapes`` are names with the shape found and the one wanted."""
+    misshapen = (f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in shapes if found != wanted)
+    kinds = {"missing tensors": missing, "unexpected tensors": left_over, "tensors of another shape": misshapen}
+    listed = {kind: _list(names) for kind, names in kinds.items()}
+    if any(listed.values()):
+        raise CheckpointError("; ".join(f"{kind}: {names}" for kind, names in listed.items() if names))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, shortly."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class _SafeTensors:
@@ -148,8 +160,7 @@ def _opened(file: Path) -> Iterator[_SafeTensors | _Pickle]:
     except torch.OutOfMemoryError:
         raise
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{file.name} cannot be read: {reason}") from error
+        raise CheckpointError(f"{file.name} cannot be read: {first_line(error)}") from error
 
 
 def _shards(index: Path) -> list[Path]:

@@ -19,6 +19,8 @@ import pytest
 from checkpoints import TINY, random_weights, write_checkpoint
 from clips import Clip, Clips
 from live import Live, Serve, ask
+from safetensors.torch import load_file, save_file
+from tiny_transformers import save_qwen2_5_vl
 
 from server.models.videoxl.pretrained import PREFIX
 
@@ -221,6 +223,12 @@ def test_a_hub_without_the_model_or_out_of_reach(hub: str, tmp_path: Path) -> No
 def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     weights = random_weights(CONFIG)
     del weights["model.norm.weight"]
-    stopped = run("--model", str(write_checkpoint(tmp_path, weights, CONFIG)))
-    assert stopped.returncode == 1
-    assert stopped.stderr.count("\n") == 1 and "missing tensors: model.norm.weight" in stopped.stderr
+    write_checkpoint(tmp_path / "xl", weights, CONFIG)
+    save_qwen2_5_vl(tmp_path / "qwen")
+    weights = load_file(tmp_path / "qwen" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "qwen" / "model.safetensors", {"format": "pt"})
+    for name, missing in (("xl", "model.norm.weight"), ("qwen", "model.language_model.norm.weight")):
+        stopped = run("--model", str(tmp_path / name))
+        assert stopped.returncode == 1
+        assert stopped.stderr.count("\n") == 1 and f"missing tensors: {missing}" in stopped.stderr

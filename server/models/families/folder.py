@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import is_accelerate_available
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, PreTrainedTokenizerFast
+from transformers.utils import is_accelerate_available, logging
 
 from compression.rope import Rope
 from compression.score import AttentionScorer
 from server.models.base import ModelSpec
 from server.models.families.decoder import TransformersDecoder
+from server.models.families.hints import Hints
 from server.models.families.one_pass import OnePassConfig, OnePassModel, VisionTower
-from server.models.hub import read_json
+from server.models.families.preprocessing import read_fps
 from server.models.lm.decoder_model import PromptConfig
-from server.models.tensors import CheckpointError
+from server.models.tensors import CheckpointError, TensorFolder, Uninitialised, first_line, refuse_misfits
+from server.models.tokenizer import load_tokenizer
 
 _TYPICAL_PIXELS = 1280, 720
-
-
-@dataclass(frozen=True, slots=True)
-class Hints:
-    """What a folder's ``config.json`` may say, under ``x2l``, of how it is served; published ones say nothing.
-
-    ``frame_size``: the width and height in pixels that every frame is resized to. ``scorer_heads``: the (layer, head)
-    pairs whose attention scores chunks; None takes all.
-    """
-
-    frames_per_chunk: int = 16  # even, because towers see two frames at a time
-    frame_size: tuple[int, int] | None = None
-    scorer_heads: tuple[tuple[int, int], ...] | None = None
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> Self:
-        said = config.get("x2l", {})
-        size, heads = said.get("frame_size"), said.get("scorer_heads")
-        return cls(
-            said.get("frames_per_chunk", cls().frames_per_chunk),
-            None if size is None else (size[0], size[1]),
-            None if heads is None else tuple((layer, head) for layer, head in heads),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,31 +33,32 @@ class TransformersFolder:
     model: Any
     tokenizer: PreTrainedTokenizerFast
     hints: Hints
+    fps: float
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Self:
-        """Reads no code from the folder, nor anything from elsewhere. Raises CheckpointError, which names the tensors
-        that are missing, left over or of the wrong shape."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                output_loading_info=True,
-                # Tensor by tensor to the device, where accelerate is installed; else by way of the host's memory.
-                device_map=device if device.type != "cpu" and is_accelerate_available() else None,
-            )
-        except torch.OutOfMemoryError:  # not the folder's fault
-            raise
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
-        missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        if missing or left:
-            raise CheckpointError(f"missing tensors: {missing}; unexpected tensors: {left}")
-        hints = Hints.of(read_json(folder / "config.json"))
-        return cls(model.to(device).eval().requires_grad_(False), tokenizer, hints)
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, hints: Hints) -> Self:
+        """Reads no code from the folder, nor anything from elsewhere.
+
+        Raises CheckpointError for hints that do not fit and files that are damaged or do not fit together; it names
+        the tensors that are missing, left over or of another shape. No weights were read by then.
+        """
+        with _silence(), _one_line(folder):
+            fps = read_fps(folder)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            hints.check(config)
+            tokenizer = load_tokenizer(folder)
+            options = {"config": config, "dtype": dtype, "attn_implementation": "sdpa"}
+            kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+            # First a model whose every tensor is one number, shown in all places of its shape: that takes no memory,
+            # and transformers itself says under which of its many names it finds what.
+            outline = TensorFolder(folder).outline()
+            numbers = {name: torch.zeros((), dtype=dtype).expand(like.shape) for name, like in outline.items()}
+            with Uninitialised():
+                _fitting(kind, None, state_dict=numbers, **options)
+            # Tensor by tensor to the device, where accelerate is installed; else by way of the host's memory.
+            straight = device.type != "cpu" and is_accelerate_available()
+            model = _fitting(kind, folder, device_map=device if straight else None, **options)
+            return cls(model.to(device).eval().requires_grad_(False), tokenizer, hints, fps)
 
     def assemble(
         self, name: str, vision: VisionTower, rope: Rope, compression: OnePassConfig, *, prefix: str, template: str
@@ -112,7 +93,41 @@ class TransformersFolder:
             high_ratio=compression.high_ratio,
             max_positions=text.max_position_embeddings,
             max_duration_s=None,
-            fps=1.0,
+            fps=self.fps,
             default_reload=3,
             temperature=(generation.temperature or 0.0) if generation.do_sample else 0.0,
         )
+
+
+def _fitting(kind: Any, source: Path | None, **options: Any) -> Any:
+    """What ``kind.from_pretrained`` makes. Raises CheckpointError where tensors do not fit."""
+    model, info = kind.from_pretrained(
+        source, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    refuse_misfits(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    return model
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Whatever a folder's files make transformers raise becomes a CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError):  # the latter are not the folder's fault
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """transformers draws no bars and reports no tensors: they are checked, and named, here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -17,10 +17,14 @@ from server.models import chatml
 from server.models.device import to_device
 from server.models.families.decoder import read_rope
 from server.models.families.folder import TransformersFolder
+from server.models.families.hints import Hints
 from server.models.families.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
-from server.models.families.patches import read_preprocessing, resize
+from server.models.families.patches import resize
+from server.models.families.preprocessing import read_preprocessing
 from server.models.slices import Slices, through
 from server.video.frames import Frames
+
+HINTS = Hints
 
 _PREFIX = "<|im_start|>user "
 _TEMPLATE = chatml.template("\n", behind_role=" \n", behind_turn="")
@@ -153,10 +157,16 @@ def _square(frame: Frames, mean: tuple[float, ...]) -> Frames:
 
 
 def load(
-    folder: Path, name: str, *, device: torch.device, dtype: torch.dtype, compression: OnePassConfig
+    folder: Path,
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    compression: OnePassConfig,
+    hints: Hints,
 ) -> OnePassModel:
     """The model in ``folder``, in transformers' layout. Raises CheckpointError."""
-    content = TransformersFolder.load(folder, device, dtype)
+    content = TransformersFolder.load(folder, device, dtype, hints)
     config = content.model.config
     size = config.vision_config.image_size
     side = -(-(size // config.vision_config.patch_size) // 2)

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from server.models.device import to_device
 from server.models.families.one_pass import Layout, VisualTokens
 from server.models.families.packed_attention import PackedAttention
-from server.models.hub import read_json
+from server.models.families.preprocessing import read_image_preprocessing, read_preprocessing
 from server.models.slices import Slices, through, whole
 from server.models.tensors import CheckpointError
 from server.video.errors import VideoUnsupported
@@ -262,23 +262,3 @@ def resize(frames: Frames, size: tuple[int, int]) -> Tensor:
 
     with ThreadPoolExecutor(_RESIZING_THREADS) as threads:  # PIL lets go of the interpreter meanwhile
         return torch.from_numpy(np.stack(list(threads.map(resized, frames.pixels)))).permute(0, 3, 1, 2).contiguous()
-
-
-def read_preprocessing(folder: Path) -> dict[str, Any]:
-    """How a folder says that frames are to be preprocessed, or else images; empty if it does not say.
-
-    Raises CheckpointError for what is no JSON object.
-    """
-    combined: dict[str, Any] = _read_json(folder / "processor_config.json").get("video_processor") or {}
-    video = _read_json(folder / "video_preprocessor_config.json") or combined
-    return video or _read_json(folder / "preprocessor_config.json")
-
-
-def read_image_preprocessing(folder: Path) -> dict[str, Any]:
-    """How a folder says that images are to be preprocessed; empty if it does not say. Raises as above."""
-    combined: dict[str, Any] = _read_json(folder / "processor_config.json").get("image_processor") or {}
-    return _read_json(folder / "preprocessor_config.json") or combined
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

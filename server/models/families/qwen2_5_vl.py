@@ -13,11 +13,21 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from server.models import chatml
 from server.models.families.decoder import read_rope
 from server.models.families.folder import TransformersFolder
+from server.models.families.hints import PatchHints
 from server.models.families.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
 from server.models.families.patches import AFTER, BEFORE, FRAME_TOKENS, Grid, Patches, PatchTower, Words
 
 _PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _TEMPLATE = chatml.template()
+
+
+class Qwen25Hints(PatchHints):
+    """``text_behind``: see :class:`Qwen25Settings`."""
+
+    text_behind: Literal["video", "frame"] = "video"
+
+
+HINTS = Qwen25Hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +82,15 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     compression: OnePassConfig,
-    text_behind: Literal["video", "frame"] = "video",
+    hints: Qwen25Hints,
     frame_tokens: tuple[int, int] = FRAME_TOKENS,
 ) -> OnePassModel:
     """The model in ``folder``, in transformers' layout. Raises CheckpointError."""
-    content = TransformersFolder.load(folder, device, dtype)
+    content = TransformersFolder.load(folder, device, dtype, hints)
     vision = content.model.config.vision_config
     mean, std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
-    patches = Patches.read(folder, vision, mean, std, frame_tokens, content.hints.frame_size)
-    settings, inner = Qwen25Settings(patches, vision.tokens_per_second, text_behind), content.model.model
+    patches = Patches.read(folder, vision, mean, std, frame_tokens, hints.frame_size)
+    settings, inner = Qwen25Settings(patches, vision.tokens_per_second, hints.text_behind), content.model.model
     words = Words(content.tokenizer, inner.language_model.embed_tokens)
     tower = Qwen25Tower(inner.visual, settings, patches.for_images(folder), words)
     rope = read_rope(content.model.config.get_text_config(), (16, 24, 24), "sectioned")

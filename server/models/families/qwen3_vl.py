@@ -12,8 +12,11 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 from server.models import chatml
 from server.models.families.decoder import read_rope
 from server.models.families.folder import TransformersFolder
+from server.models.families.hints import PatchHints
 from server.models.families.one_pass import Layout, OnePassConfig, OnePassModel, VisualTokens
 from server.models.families.patches import FRAME_TOKENS, Grid, Patches, PatchTower, Words
+
+HINTS = PatchHints
 
 _PREFIX = "<|im_start|>user\n"
 _TEMPLATE = chatml.template()
@@ -59,13 +62,14 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     compression: OnePassConfig,
+    hints: PatchHints,
     frame_tokens: tuple[int, int] = FRAME_TOKENS,
 ) -> OnePassModel:
     """The model in ``folder``, in transformers' layout. Raises CheckpointError."""
-    content = TransformersFolder.load(folder, device, dtype)
+    content = TransformersFolder.load(folder, device, dtype, hints)
     inner, config = content.model.model, content.model.config
     mean, std = tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD)
-    patches = Patches.read(folder, config.vision_config, mean, std, frame_tokens, content.hints.frame_size)
+    patches = Patches.read(folder, config.vision_config, mean, std, frame_tokens, hints.frame_size)
     words = Words(content.tokenizer, inner.language_model.embed_tokens)
     tower = Qwen3Tower(inner.visual, Qwen3Settings(patches), patches.for_images(folder), words)
     rope = read_rope(config.get_text_config(), (24, 20, 20), "interleaved")

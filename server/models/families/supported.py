@@ -12,7 +12,8 @@ import torch
 from server.models.base import VideoModel
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
-"""One module of that name each, whose ``load(folder, name, *, device, dtype, compression)`` returns the model."""
+"""One module of that name each: ``HINTS``, the class of what its folders may say (server.models.families.hints), and
+``load(folder, name, *, device, dtype, compression, hints)``, which returns the model."""
 
 
 def family_loader(config: dict[str, Any]) -> Callable[..., VideoModel] | None:
@@ -26,9 +27,10 @@ def family_loader(config: dict[str, Any]) -> Callable[..., VideoModel] | None:
     module: Any = import_module(f"server.models.families.{family}")
 
     def load(folder: Path, name: str, *, device: torch.device, dtype: torch.dtype, **options: Any) -> VideoModel:
-        said = {option: config["x2l"][option] for option in options if option in config.get("x2l", {})}
-        given = said | {option: value for option, value in options.items() if value is not None}
-        model: VideoModel = module.load(folder, name, device=device, dtype=dtype, compression=OnePassConfig(**given))
+        hints = module.HINTS.of(config)
+        chosen = {option: getattr(hints, option) if value is None else value for option, value in options.items()}
+        compression = OnePassConfig(**{option: value for option, value in chosen.items() if value is not None})
+        model: VideoModel = module.load(folder, name, device=device, dtype=dtype, compression=compression, hints=hints)
         return model
 
     return load

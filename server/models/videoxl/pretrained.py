@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from compression.score import AttentionScorer
 from server.models import chatml
-from server.models.base import ModelSpec
+from server.models.base import ModelSpec, check_scorer_heads
 from server.models.hub import read_json
 from server.models.lm.decoder_model import PromptConfig
 from server.models.tensors import CheckpointError, TensorFolder
+from server.models.tokenizer import load_tokenizer
 from server.models.videoxl.checkpoint import end_ids, load_modules, missing_vsts
 from server.models.videoxl.compression_config import CompressionConfig, read_compression
 from server.models.videoxl.model import VideoXL
@@ -25,7 +25,6 @@ PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start
 """What precedes the video. What follows it is tokenised apart."""
 
 CHAT_TEMPLATE = chatml.template(behind_media="\n")
-_TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 _NEEDED = (
@@ -71,7 +70,7 @@ def load_pretrained(
     config = read_json(folder / "config.json")
     _check(config)
     compression = read_compression(config, low_ratio=low_ratio, high_ratio=high_ratio, prefill_mode=prefill_mode)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config["vocab_size"]:
         raise CheckpointError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config['vocab_size']}")
     prompt = PromptConfig(
@@ -95,9 +94,10 @@ def load_pretrained(
             missing[0],
         )
     spec = _spec(name, config, encoder.tokens_per_frame, compression)
+    heads = config.get("scorer_heads")
+    check_scorer_heads(heads or (), spec.num_layers, spec.num_heads)
     modules = load_modules(config, tensors.read(device, dtype))
     encoder = modules.encoder.to(device).eval().requires_grad_(False)  # its buffer; the weights are there
-    heads = config.get("scorer_heads")
     calibrated = None if heads is None else tuple((layer, head) for layer, head in heads)
     scorer = AttentionScorer(calibrated, per_token=compression.edge_ratio is not None)
     return VideoXL(spec, modules.decoder, encoder, compression, prompt, tokenizer, scorer)
@@ -136,23 +136,6 @@ def _spec(name: str, config: dict[str, Any], tokens_per_frame: int, compression:
         default_reload=config.get("default_reload", 3),
         temperature=0.0,
     )
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    if (folder / "tokenizer.json").is_file():
-        kind: type[PreTrainedTokenizerBase] = PreTrainedTokenizerFast
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        kind = Qwen2Tokenizer
-    else:
-        raise CheckpointError(f"{folder} holds no tokenizer.json, nor vocab.json and merges.txt")
-    try:
-        tokenizer = kind.from_pretrained(folder)
-    except Exception as error:  # whatever the files make it raise
-        raise CheckpointError(f"the tokenizer cannot be read: {str(error).strip().partition(chr(10))[0]}") from error
-    for token in _TURN_TOKENS:
-        if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
-            raise CheckpointError(f"the tokenizer has no token {token}")
-    return tokenizer
 
 
 def _end_ids(folder: Path, config: dict[str, Any], tokenizer: Any) -> frozenset[int]:

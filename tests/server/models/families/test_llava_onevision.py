@@ -8,7 +8,7 @@ from tiny_transformers import noise, save_llava_onevision
 from transformers import SiglipImageProcessorPil
 from transformers.image_utils import PILImageResampling
 
-from server.models.families.llava_onevision import load
+from server.models.families.llava_onevision import HINTS, load
 from server.models.families.one_pass import OnePassConfig, OnePassModel
 
 
@@ -16,7 +16,7 @@ from server.models.families.one_pass import OnePassConfig, OnePassModel
 def model(tmp_path_factory: pytest.TempPathFactory) -> OnePassModel:
     folder = tmp_path_factory.mktemp("llava")
     save_llava_onevision(folder)
-    place = {"device": torch.device("cpu"), "dtype": torch.float32}
+    place = {"device": torch.device("cpu"), "dtype": torch.float32, "hints": HINTS()}
     return load(Path(folder), "tiny-llava", **place, compression=OnePassConfig())
 
 

@@ -20,6 +20,7 @@ from tiny_transformers import (
     SAVE,
     VIDEOS,
     ask,
+    edit_json,
     image,
     noise,
     prefill,
@@ -35,6 +36,7 @@ from kvstore import codec
 from server.models.base import PositionLimitError, Turn
 from server.models.families.one_pass import OnePassConfig, OnePassModel, OnePassPrefill
 from server.models.memory import CHEAPER, room_to_ask
+from server.models.registry import load_model
 from server.video.frames import Frames
 
 FRAMES = VIDEOS[0]
@@ -47,20 +49,30 @@ class Family:
     model: PreTrainedModel
 
     def load(self, **options: Any) -> OnePassModel:
-        given = {"low_ratio": 1, "high_ratio": 1, **options}
+        """With its own sizes of frames, but fewer tokens."""
+        given = OnePassConfig(**{"low_ratio": 1, "high_ratio": 1, **options})
         own = {} if self.name == "llava_onevision" else {"frame_tokens": FRAME_TOKENS}
-        if self.name == "qwen2_5_vl":
-            own["text_behind"] = "frame"  # the rule of the installed transformers, and so of its generate
-        load = import_module(f"server.models.families.{self.name}").load
-        place = {"device": torch.device("cpu"), "dtype": torch.float32}
-        model: OnePassModel = load(self.folder, "tiny", **place, compression=OnePassConfig(**given), **own)
+        module = import_module(f"server.models.families.{self.name}")
+        place = {"device": torch.device("cpu"), "dtype": torch.float32, "hints": module.HINTS()}
+        model: OnePassModel = module.load(self.folder, "tiny", **place, compression=given, **own)
+        return model
+
+    def serve(self) -> OnePassModel:
+        """As users get it, and as the folder says."""
+        model = load_model(str(self.folder), device="cpu", low_ratio=1, high_ratio=1)
+        assert isinstance(model, OnePassModel)
         return model
 
 
 @pytest.fixture(scope="module", params=SAVE)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder = tmp_path_factory.mktemp(request.param)
-    return Family(request.param, folder, SAVE[request.param](folder))
+    model = SAVE[request.param](folder)
+    hints: dict[str, Any] = {} if request.param == "llava_onevision" else {"frame_size": [40, 24]}
+    if request.param == "qwen2_5_vl":
+        hints["text_behind"] = "frame"  # the rule of the installed transformers, and so of its generate
+    edit_json(folder / "config.json", x2l=hints)
+    return Family(request.param, folder, model)
 
 
 @pytest.mark.parametrize(("frames", "sizes"), [(VIDEOS[0], [8, 8, 4]), (VIDEOS[1], [4, 5])])
@@ -68,7 +80,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_at_ratio_1_it_says_what_the_model_itself_says(
     family: Family, frames: Frames, sizes: list[int], question: str
 ) -> None:
-    model = family.load()
+    model = family.serve()
     given = prompt(model, frames, question)
     with torch.inference_mode():
         expected = family.model(**given).logits[0]
@@ -87,7 +99,7 @@ def test_images_are_seen_as_the_model_itself_sees_them(
     family: Family, sizes: list[tuple[int, int]], with_video: bool
 ) -> None:
     """Behind a video or without one, alone or two of them; nothing of them is compressed."""
-    model, frames = family.load(), FRAMES if with_video else None
+    model, frames = family.serve(), FRAMES if with_video else None
     shown = [model.preprocess_image(image(seed, *size), alone=len(sizes) == 1) for seed, size in enumerate(sizes)]
     given = prompt(model, frames, QUESTIONS[0], shown)
     with torch.inference_mode():

@@ -57,9 +57,8 @@ def test_an_image_is_the_image_processors(family: str, seed: int, size: tuple[in
 def one_vision(tmp_path_factory: pytest.TempPathFactory) -> OneVisionTower:
     folder = tmp_path_factory.mktemp("llava")
     save_llava_onevision(folder)
-    model = llava_onevision.load(
-        folder, "tiny", device=torch.device("cpu"), dtype=torch.float32, compression=OnePassConfig()
-    )
+    place = {"device": torch.device("cpu"), "dtype": torch.float32}
+    model = llava_onevision.load(folder, "tiny", **place, compression=OnePassConfig(), hints=llava_onevision.HINTS())
     assert isinstance(model.vision, OneVisionTower)
     return model.vision
 

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from server.models.base import PositionLimitError
 from server.models.families.one_pass import OnePassConfig, OnePassModel
-from server.models.families.qwen2_5_vl import load
+from server.models.families.qwen2_5_vl import Qwen25Hints, load
 from server.models.registry import UnknownModelError, load_model
 from server.models.tensors import CheckpointError
 from server.video.frames import Frames
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 def load_here(folder: Path, text_behind: Literal["video", "frame"] = "video", **compression: Any) -> OnePassModel:
     config = OnePassConfig(**compression)
-    options = {"text_behind": text_behind, "frame_tokens": FRAME_TOKENS}
+    options = {"hints": Qwen25Hints(text_behind=text_behind), "frame_tokens": FRAME_TOKENS}
     return load(folder, "tiny-qwen", device=CPU, dtype=torch.float32, compression=config, **options)
 
 

@@ -9,7 +9,7 @@ from tiny_transformers import FRAME_TOKENS, noise, save_qwen3_vl
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from server.models.families.one_pass import OnePassConfig, OnePassModel
-from server.models.families.qwen3_vl import load
+from server.models.families.qwen3_vl import HINTS, load
 from server.video.frames import Frames
 
 
@@ -17,7 +17,7 @@ from server.video.frames import Frames
 def model(tmp_path_factory: pytest.TempPathFactory) -> OnePassModel:
     folder = tmp_path_factory.mktemp("qwen3")
     save_qwen3_vl(folder)
-    place = {"device": torch.device("cpu"), "dtype": torch.float32, "frame_tokens": FRAME_TOKENS}
+    place = {"device": torch.device("cpu"), "dtype": torch.float32, "frame_tokens": FRAME_TOKENS, "hints": HINTS()}
     return load(folder, "tiny-qwen3", **place, compression=OnePassConfig())
 
 
