@@ -19,9 +19,10 @@ from kvstore.errors import StoreError
 from kvstore.open import open_store
 from server.api import chat, docs, errors, failures, files, health, models, playground, uploads
 from server.api.context import Services
-from server.api.middleware import Auth, BodyLimit, RequestId
+from server.api.middleware import Auth, BodyLimit, CountRequests, RequestId
 from server.config import Settings
 from server.engine.engine import Engine
+from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
 from server.engine.uploads import Uploads
 from server.models.base import VideoModel
@@ -103,7 +104,7 @@ def create_app(settings: Settings, backend: Backend) -> FastAPI:
         version=version("video-x2l-server"),
         lifespan=lifespan,
         docs_url=None,
-        middleware=_middleware(settings),
+        middleware=_middleware(settings, engine.metrics),
         redoc_url=None,
     )
     errors.install(app)
@@ -122,8 +123,9 @@ async def _sweep(unfinished: Uploads) -> None:
         await asyncio.sleep(_SWEEP_UPLOADS_S)
 
 
-def _middleware(settings: Settings) -> list[Middleware]:
+def _middleware(settings: Settings, metrics: EngineMetrics) -> list[Middleware]:
     stack = [
+        Middleware(CountRequests, metrics=metrics),
         Middleware(Auth, keys=settings.api_key),
         Middleware(
             BodyLimit,

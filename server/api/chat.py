@@ -23,12 +23,15 @@ from server.api.messages import Conversation, parse_messages
 from server.api.schemas import ChatRequest
 from server.api.sources import Source
 from server.api.unsupported import refuse_unsupported
-from server.engine.errors import FileNotFound
+from server.engine.errors import FileNotFound, VideoFailed
 from server.engine.request import Outcome, Request, SamplingParams
 
 router = APIRouter()
 
 _MAX_STOPS = 4
+
+_Videos = dict[str, Source]
+"""The parts that hold a request's videos, by the ids of the files that these are, in the order of the cache."""
 
 
 @router.post("/v1/chat/completions")
@@ -41,13 +44,13 @@ async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: 
     dial = _dial(body, conversation)
     _limit("videos", conversation.videos, services.settings.max_videos)
     _limit("images", conversation.images, services.settings.max_images)
-    images, file_ids = await unless_disconnected(http, _media(body, conversation, services, tenant))
+    images, videos = await unless_disconnected(http, _media(body, conversation, services, tenant))
     reply = _Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model)
     request = Request(
         id=reply.id,
         turns=conversation.turns,
         params=params,
-        file_ids=file_ids,
+        file_ids=tuple(videos),
         tenant=tenant,
         dial=dial,
         images=images,
@@ -55,21 +58,20 @@ async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: 
     answer = Answer(services.engine, request)
     try:
         await answer.start()
-    except FileNotFound as error:
-        named = [video.param for video in conversation.videos if video.location == error.file_id]
-        raise file_not_found(error.file_id, param=named[0] if named else "messages") from None
-    try:
-        if not body.stream:
-            text, final, outcome = await unless_disconnected(http, answer.collect())
-            return JSONResponse(reply.completion(text, final.finish_reason or "stop", outcome))
-        # An early failure is still an HTTP status; afterwards comments keep the connection alive.
-        await unless_disconnected(http, answer.wait_first(services.settings.keep_alive_s))
-    except BaseException:
-        answer.cancel()
-        raise
+        try:
+            if not body.stream:
+                text, final, outcome = await unless_disconnected(http, answer.collect())
+                return JSONResponse(reply.completion(text, final.finish_reason or "stop", outcome))
+            # An early failure is still an HTTP status; afterwards comments keep the connection alive.
+            await unless_disconnected(http, answer.wait_first(services.settings.keep_alive_s))
+        except BaseException:
+            answer.cancel()
+            raise
+    except (FileNotFound, VideoFailed) as error:
+        raise _refusal(error, videos) from None
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
     return sse.EventStream(
-        _events(answer, reply, with_usage=with_usage, keep_alive_s=services.settings.keep_alive_s),
+        _events(http, answer, reply, videos, with_usage=with_usage, keep_alive_s=services.settings.keep_alive_s),
         on_close=answer.cancel,
     )
 
@@ -118,9 +120,7 @@ def _dial(body: ChatRequest, conversation: Conversation) -> Dial:
                 param=f"x2l.{name}",
                 code="ambiguous_video",
             )
-    if "chunks" in asked:
-        asked["chunks"] = tuple(asked["chunks"])
-    return Dial(**asked)
+    return body.x2l.dial()
 
 
 def _limit(what: str, sources: Sequence[Source], most: int) -> None:
@@ -134,13 +134,13 @@ def _limit(what: str, sources: Sequence[Source], most: int) -> None:
 
 async def _media(
     body: ChatRequest, conversation: Conversation, services: Services, tenant: str
-) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """The images, and the files of the videos; videos inside the request become files only if all images are good."""
+) -> tuple[tuple[Any, ...], _Videos]:
+    """The images, and the videos; those inside the request become files only if all images are good."""
     images = await see(services, conversation.images)
-    return images, await _file_ids(body, conversation, services, tenant)
+    return images, await _videos(body, conversation, services, tenant)
 
 
-async def _file_ids(body: ChatRequest, conversation: Conversation, services: Services, tenant: str) -> tuple[str, ...]:
+async def _videos(body: ChatRequest, conversation: Conversation, services: Services, tenant: str) -> _Videos:
     kwargs = body.media_io_kwargs.video if body.media_io_kwargs else None
     if all(video.is_stored for video in conversation.videos):
         if kwargs is not None and (kwargs.fps is not None or kwargs.num_frames is not None):
@@ -148,7 +148,7 @@ async def _file_ids(body: ChatRequest, conversation: Conversation, services: Ser
                 "media_io_kwargs applies to videos inside the request; a stored one was sampled at its upload",
                 param="media_io_kwargs.video",
             )
-        return tuple(video.location for video in conversation.videos)
+        return {video.location: video for video in conversation.videos}
     sampling = services.sampling(
         None if kwargs is None or kwargs.fps == -1 else kwargs.fps,
         None if kwargs is None or kwargs.num_frames == -1 else kwargs.num_frames,
@@ -157,11 +157,28 @@ async def _file_ids(body: ChatRequest, conversation: Conversation, services: Ser
     )
     inline = [video for video in conversation.videos if not video.is_stored]
     taken = iter(await ingest(services, inline, sampling, tenant))
-    file_ids = [video.location if video.is_stored else next(taken) for video in conversation.videos]
-    return tuple(dict.fromkeys(file_ids))  # the same bytes may have come in two ways
+    videos: _Videos = {}
+    for video in conversation.videos:  # the same bytes may have come in two ways
+        videos.setdefault(video.location if video.is_stored else next(taken), video)
+    return videos
 
 
-async def _events(answer: Answer, reply: _Reply, *, with_usage: bool, keep_alive_s: float) -> AsyncIterator[bytes]:
+def _refusal(error: Exception, videos: _Videos) -> ApiError:
+    """The reply to ``error``, which names a video by its part of the request: the client may not know its file."""
+    if not isinstance(error, FileNotFound | VideoFailed):
+        return api_error(error)
+    video = videos[error.file_id]
+    if isinstance(error, VideoFailed):
+        told = str(error) if video.is_stored else f"The video cannot be used: {error.status_details}"
+        return bad_request(told, param=video.param, code="video_failed")
+    if video.is_stored:
+        return file_not_found(error.file_id, param=video.param)
+    return ApiError(404, "The video was removed from the server", param=video.param, code="file_not_found")
+
+
+async def _events(
+    http: HttpRequest, answer: Answer, reply: _Reply, videos: _Videos, *, with_usage: bool, keep_alive_s: float
+) -> AsyncIterator[bytes]:
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     yield sse.event(reply.chunk({"role": "assistant", "content": ""}) | usage)
     try:
@@ -181,7 +198,9 @@ async def _events(answer: Answer, reply: _Reply, *, with_usage: bool, keep_alive
                         reply.head("chat.completion.chunk") | {"choices": [], "usage": _usage(delta.outcome)}
                     )
     except Exception as error:  # the status is long sent: whatever it is, the client gets to know it here
-        yield sse.event(api_error(error).body())
+        refusal = _refusal(error, videos)
+        http.state.failed_status = refusal.status_code
+        yield sse.event(refusal.body())
         return
     yield sse.DONE
 

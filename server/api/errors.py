@@ -14,6 +14,19 @@ from starlette.responses import JSONResponse
 
 NO_RETRY = {"x-should-retry": "false"}
 
+_MUST_BE = {
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "dict_type": "an object",
+    "list_type": "a list",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+}
+"""By pydantic's type of complaint; all others begin with a "should" of its own."""
+
 
 class ApiError(HTTPException):
     """An error reply. An HTTPException, because FastAPI lets only those pass while it reads a body."""
@@ -82,20 +95,30 @@ def from_validation(error: ValidationError | RequestValidationError, *, under: s
     location = [part for part in first["loc"] if not _is_branch(part)]
     if first["type"] == "json_invalid":
         return bad_request("The body is not valid JSON", code="invalid_json")
-    if location == ["body"]:
+    if location == ["body"] and first["type"] != "string_unicode":
         return bad_request("The body must be a JSON object, sent as application/json", code="invalid_body")
     location = location[location[:1] in (["body"], ["path"], ["query"]) :]
     param = param_name(location)
     if under:
         param = f"{under}.{param}" if param else under
-    message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "missing":
         return bad_request(f"{param or 'A field'} is missing", param=param, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
         return bad_request(f"{param} is unknown", param=param, code="unknown_parameter")
     if first["type"] == "too_short":
         return bad_request(f"{param} is empty", param=param)
-    return bad_request(f"{param}: {message}" if param else message, param=param)
+    return bad_request(f"{param or 'The body'}{_complaint(first)}", param=param)
+
+
+def _complaint(entry: Mapping[str, Any]) -> str:
+    """What is wrong, to be read behind the field's name."""
+    if entry["type"] in _MUST_BE:
+        return f" must be {_MUST_BE[entry['type']]}"
+    if entry["type"] == "string_unicode":
+        return " holds a lone surrogate (half of a UTF-16 pair), which is no character"
+    message = str(entry["msg"])
+    _, should, rest = message.partition(" should ")
+    return f" must {rest}" if should else f": {message.removeprefix('Value error, ')}"
 
 
 def _is_branch(part: int | str) -> bool:

@@ -33,6 +33,7 @@ from server.api.schemas import (
     UpdateFile,
     Video,
 )
+from server.engine.errors import ContextLengthExceeded
 from server.engine.record import FileRecord, VideoStatus
 from server.engine.request import Request, SamplingParams
 from server.models.base import Turn
@@ -129,7 +130,8 @@ def delete_file(file_id: str, services: Context, tenant: Tenant) -> FileDeleted:
 
 @router.get("/{file_id}/events")
 async def events(file_id: str, services: Context, tenant: Tenant) -> Response:
-    """The file each time it changes, until it is processed or has failed."""
+    """The file each time it changes, until it is processed or has failed. A stream that ends before that was cut off by
+    a server that stops: ask again."""
     await asyncio.to_thread(_record, services, file_id, tenant)
     changes = _changes(services, file_id, tenant)
     return sse.EventStream(sse.with_keep_alive(changes, services.settings.keep_alive_s))
@@ -191,7 +193,7 @@ def content(file_id: str, http: HttpRequest, services: Context, tenant: Tenant) 
 async def relevance(
     file_id: str, body: RelevanceRequest, http: HttpRequest, services: Context, tenant: Tenant
 ) -> Relevance:
-    """How relevant each chunk is to a question; nothing is generated."""
+    """How relevant each chunk is to a question, and which ones it would re-load; nothing is generated."""
     if not body.question.strip():
         raise bad_request("question is empty", param="question")
     request = Request(
@@ -200,15 +202,18 @@ async def relevance(
         params=SamplingParams(temperature=0.0, max_tokens=1),
         file_ids=(file_id,),
         tenant=tenant,
-        dial=Dial(),
+        dial=body.x2l.dial() if body.x2l else Dial(),
         generate=False,
     )
     answer = Answer(services.engine, request)
-    await answer.start()
     try:
-        _, _, outcome = await unless_disconnected(http, answer.collect())
-    finally:
-        answer.cancel()
+        await answer.start()
+        try:
+            _, _, outcome = await unless_disconnected(http, answer.collect())
+        finally:
+            answer.cancel()
+    except ContextLengthExceeded as error:
+        raise bad_request(str(error), param="question", code="context_length_exceeded") from None
     return Relevance(file_id=file_id, scores=list(outcome.scores), selection=list(outcome.selection))
 
 
@@ -327,7 +332,7 @@ def _number(text: str, param: str) -> float:
 
 def _integer(text: str, param: str) -> int:
     if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
-        raise bad_request(f"{param} must be a whole number", param=param)
+        raise bad_request(f"{param} must be a positive whole number", param=param)
     return int(text)
 
 

@@ -89,6 +89,8 @@ def _content(message: Message, where: str) -> tuple[list[str], list[tuple[Kind, 
 
 def _part(raw: dict[str, Any], at: str) -> TextPart | _Media:
     kind = raw.get("type")
+    if kind is None:
+        raise bad_request(f"{at}.type is missing", param=f"{at}.type", code="missing_required_parameter")
     if not isinstance(kind, str) or kind not in _PARTS:
         raise bad_request(
             f"{at}: content of type {str(kind)[:40]!r} is not supported ({', '.join(_PARTS)} are)",

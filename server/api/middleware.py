@@ -15,11 +15,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import NO_RETRY, ApiError
+from server.engine.metrics import Ending, EngineMetrics
 
 log = logging.getLogger("x2l")
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 OPEN_FOLDER = "/playground/"
+_QUESTIONS = re.compile(r"/v1/chat/completions|/v1/files/[^/]+/relevance")
 _LINGER_S = 5.0
 
 
@@ -87,6 +89,52 @@ class Auth:
         presented = hashlib.sha256(key.strip().encode()).hexdigest()
         matches = [known for known in self._tenants if hmac.compare_digest(known, presented)]  # all, for constant time
         return matches[0] if matches else None
+
+
+class CountRequests:
+    """Tells the metrics how each request for an answer or for relevance has ended.
+
+    An error amid a stream is told by its status in the request's state, as ``failed_status``.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: EngineMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not _QUESTIONS.fullmatch(scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        status = 500
+        counted = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status, counted
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif not message.get("more_body"):
+                counted = True
+                self.metrics.ended(_ending(state.get("failed_status", status)))  # before the client can look for it
+            await send(message)
+
+        ending: Ending = "cancelled"
+        try:
+            await self.app(scope, receive, watched_send)
+        except Exception as error:
+            if not isinstance(error, ClientDisconnect):
+                ending = "failed"
+            raise
+        finally:
+            if not counted:
+                self.metrics.ended(ending)
+
+
+def _ending(status: int) -> Ending:
+    if status < 400:
+        return "ok"
+    special: dict[int, Ending] = {404: "not_found", 429: "busy", 503: "unavailable"}
+    return special.get(status, "rejected" if status < 500 else "failed")
 
 
 class BodyLimit:

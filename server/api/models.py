@@ -25,4 +25,4 @@ def get_model(model_id: str, services: Context) -> ModelObject:
 
 
 def _model(services: Services) -> ModelObject:
-    return ModelObject(id=services.model_name, created=services.started_at)
+    return ModelObject(id=services.model_name, created=services.started_at, max_model_len=services.spec.max_positions)

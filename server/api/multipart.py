@@ -42,7 +42,9 @@ async def receive_file(request: Request, folder: Path, max_bytes: int, *, name: 
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
-        raise bad_request(f"The body must be multipart/form-data with a part named {name!r}", code="invalid_body")
+        raise bad_request(
+            f"The body must be multipart/form-data with a part named {name!r}", param=name, code="invalid_body"
+        )
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes + _MAX_FIELDS * _MAX_FIELD_BYTES:
         await discard_unread(request)

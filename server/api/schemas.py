@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from compression.select import Dial
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class _Open(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class _Asked(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _encodable(cls, value: Any) -> Any:
+        """JSON can hold half of a character (a lone surrogate), and nothing behind here can."""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
+                raise PydanticCustomError("string_unicode", "a lone surrogate")  # as pydantic does of some fields
+        return value
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _Open(_Asked):
+    model_config = ConfigDict(extra="allow")
+
+
+class _Closed(_Asked):
+    model_config = ConfigDict(extra="forbid")
 
 
 class Message(_Open):
@@ -80,12 +99,23 @@ class Dials(_Closed):
     ``end_s``, which would not tell whose they are, are refused.
     """
 
-    reload: int | None = Field(None, ge=0)
-    budget_tokens: int | None = Field(None, ge=1)
-    chunks: list[int] | None = None
-    mode: Literal["auto", "low", "high"] | None = None
-    start_s: float | None = Field(None, ge=0, allow_inf_nan=False)
-    end_s: float | None = Field(None, ge=0, allow_inf_nan=False)
+    reload: int | None = Field(None, ge=0, description="Number of chunks to re-load in detail.")
+    budget_tokens: int | None = Field(
+        None, ge=1, description="Bound of the whole mixed cache in KV tokens, prefix included."
+    )
+    chunks: list[int] | None = Field(None, description="Exactly these chunks.")
+    mode: Literal["auto", "low", "high"] | None = Field(None, description="low: all chunks in detail; high: none.")
+    start_s: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Only chunks that end after it are candidates."
+    )
+    end_s: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Only chunks that begin before it are candidates."
+    )
+
+    def dial(self) -> Dial:
+        """The same as the engine takes it."""
+        asked = self.model_dump(exclude_none=True)
+        return Dial(**asked | ({"chunks": tuple(asked["chunks"])} if "chunks" in asked else {}))
 
     @model_validator(mode="after")
     def _one_dial(self) -> Dials:
@@ -117,26 +147,39 @@ class StreamOptions(_Open):
 class ChatRequest(_Open):
     """``POST /v1/chat/completions``."""
 
-    model: str
-    messages: list[Message] = Field(min_length=1)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | list[str] | None = None
-    ignore_eos: bool | None = None  # vLLM's, for measurements
-    x2l: Dials | None = None
-    media_io_kwargs: MediaKwargs | None = None
+    model: str = Field(description="The model's id, as GET /v1/models tells it.")
+    messages: list[Message] = Field(
+        min_length=1, description="The conversation with its videos and images; the last message is the user's."
+    )
+    stream: bool | None = Field(None, description="Whether the answer comes as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="include_usage: a last chunk with the usage.")
+    max_tokens: int | None = Field(None, ge=1, description="Longest answer; the server's --max-tokens is a ceiling.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens, goes first.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description="0 is greedy. By default the model's own, which is 0 with the bundled model.",
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="Draw from the likeliest tokens of this share; 1: from all."
+    )
+    top_k: int | None = Field(None, ge=-1, description="Draw from so many likeliest tokens; 0 and -1: from all.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="Makes draws repeatable.")
+    stop: str | list[str] | None = Field(None, description="Up to four texts that end the answer, and are not in it.")
+    ignore_eos: bool | None = Field(None, description="Only max_tokens and stop end the answer; for measurements.")
+    x2l: Dials | None = Field(None, description="How much of the videos to re-load in detail.")
+    media_io_kwargs: MediaKwargs | None = Field(
+        None, description="Sampling of videos inside the messages (video.fps, video.num_frames)."
+    )
 
 
 class RelevanceRequest(_Closed):
     """``POST /v1/files/{id}/relevance``."""
 
     question: str
+    x2l: Dials | None = Field(None, description="What the selection is made with, as in a chat request.")
 
 
 class ExpiresAfter(_Open):
@@ -277,7 +320,7 @@ class ChunkObject(BaseModel):
 
 
 class Relevance(BaseModel):
-    """One score per chunk, and the chunks that the default would re-load, best first."""
+    """One score per chunk, and the chunks that a question with these dials would re-load, best first."""
 
     file_id: str
     scores: list[float]
@@ -285,12 +328,13 @@ class Relevance(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """OpenAI's model."""
+    """OpenAI's model with vLLM's ``max_model_len``: its positions, for videos, prompt and answer together."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "x2l"
+    max_model_len: int
 
 
 class ModelList(BaseModel):

@@ -7,6 +7,7 @@ act on here (``reasoning_effort``, ``verbosity``, ``chat_template_kwargs``, ``pa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,21 @@ _NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "use_beam_search": (False,),
     "stop_token_ids": ([],),
+    "stop_regex": (),
+    "include_stop_str_in_output": (False,),
+    "no_stop_trim": (False,),
+    "skip_special_tokens": (True,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "custom_logit_processor": (),
+    "truncate_prompt_tokens": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "return_token_ids": (False,),
+    "lora_path": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -45,6 +61,10 @@ _NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": ({},),
+    "structural_tag": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
 }
 _MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
@@ -76,7 +96,9 @@ def _refuse(fields: Mapping[str, Any], no_ops: Mapping[str, tuple[Any, ...]], un
     for name, value in fields.items():
         if value is None or name not in no_ops or any(_same(value, no_op) for no_op in no_ops[name]):
             continue
-        raise bad_request(f"{under}{name} is not supported", param=f"{under}{name}", code="unsupported_parameter")
+        param, passing = f"{under}{name}", " or ".join(json.dumps(no_op) for no_op in no_ops[name])
+        told = f"can only be {passing} here; nothing else is supported" if passing else "is not supported"
+        raise bad_request(f"{param} {told}", param=param, code="unsupported_parameter")
 
 
 def _same(value: Any, no_op: Any) -> bool:

@@ -357,7 +357,6 @@ class Engine:
     def _fail(self, question: Question, error: Exception) -> None:
         if question.phase is Phase.ENDED:
             return
-        self.metrics.failed(error)
         self._end(question)
         try:
             question.on_delta(Delta(error=error))

@@ -16,6 +16,9 @@ from server.engine.request import Outcome
 # A line "..._created" beside each counter and histogram is read by nobody.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
+Ending = Literal["ok", "cancelled", "not_found", "busy", "rejected", "unavailable", "failed"]
+"""How a request for an answer or for relevance has ended."""
+
 PassKind = Literal["decode", "prompt"]
 """Whether all rows of a pass decode, or some read their prompts."""
 
@@ -40,7 +43,15 @@ class EngineMetrics:
     ) -> None:
         """Takes functions that tell the gauges' values when they are asked for; from any thread."""
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter("x2l_requests", "Requests ended, by how", ["outcome"], registry=registry)
+        self.requests = Counter(
+            "x2l_requests",
+            "Requests for an answer or for relevance, by their end (also amid a stream): ok, cancelled (the client "
+            "went away), not_found (404), busy (429), rejected (another 4xx), unavailable (503), failed (another 5xx)",
+            ["outcome"],
+            registry=registry,
+        )
+        for ending in get_args(Ending):
+            self.requests.labels(ending)  # there from the start, at 0
         self.prompt_tokens = Counter(
             "x2l_prompt_tokens", "Tokens of prompts, without the videos' KVs, which are not computed", registry=registry
         )
@@ -85,8 +96,7 @@ class EngineMetrics:
             Gauge(name, text, registry=registry).set_function(value)
 
     def answered(self, outcome: Outcome) -> None:
-        """Counts a request that has ended well."""
-        self.requests.labels("ok").inc()
+        """Counts what a request that has ended well took."""
         self.prompt_tokens.inc(outcome.prompt_tokens - outcome.cached_tokens)
         self.degraded.inc(outcome.degraded)
         times_ms = {
@@ -115,9 +125,9 @@ class EngineMetrics:
         self.batch.observe(num_rows)
         self.pass_seconds.labels(kind).observe(took_s)
 
-    def failed(self, error: Exception) -> None:
-        """Counts a request that has ended with an error."""
-        self.requests.labels(type(error).__name__).inc()
+    def ended(self, ending: Ending) -> None:
+        """Counts a request, whether or not it came as far as the engine."""
+        self.requests.labels(ending).inc()
 
     def _seconds(self, name: str, text: str, *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=_SECONDS, registry=self.registry)

@@ -6,9 +6,11 @@ make FFmpeg open other files or the network; each further demuxer is more code t
 
 from __future__ import annotations
 
+import codecs
+
 from server.video.errors import NotAVideo, VideoError, VideoUnsupported
 
-SNIFF_NBYTES = 512
+SNIFF_NBYTES = 4096  # encoders write longer texts into a video than 512 bytes
 READABLE = "MP4, MOV, MKV and WebM are read"
 
 _ISO_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
@@ -59,9 +61,18 @@ def _refusal(head: bytes) -> VideoError | None:
     for offset, magic, kind in _NOT_VIDEOS:
         if head.startswith(magic, offset):
             return NotAVideo(f"The file is {kind}, not a video.")
-    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
+    if _is_text(head):
         return NotAVideo("The file is text, not a video.")
     for offset, magic, container in _OTHER_CONTAINERS:
         if head.startswith(magic, offset):
             return VideoUnsupported(f"The container {container} is not supported: {READABLE}.")
     return NotAVideo(f"The file is not a video of a known kind: {READABLE}.")
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether all of it is UTF-8 without control characters; the last character may be cut off."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(char >= " " or char in "\t\n\r\f" for char in text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,7 +117,8 @@ def test_form_fields(live: Live, video: Path, form: dict[str, str], param: str) 
 
 
 def test_malformed_forms(live: Live) -> None:
-    refusal(post(live, "/v1/files", json={"file": "x"}), 400)
+    assert refusal(post(live, "/v1/files", json={"file": "x"}), 400)["param"] == "file"
+    assert refusal(post(live, "/v1/files", files={"purpose": (None, "vision")}), 400)["param"] == "file"
     refusal(post(live, "/v1/files", data={"purpose": "vision"}, files={"video": b"x"}), 400)
     broken = {"content-type": "multipart/form-data; boundary=b"}
     refusal(post(live, "/v1/files", content=b"--b\r\nnonsense", headers=broken), 400)
@@ -179,7 +181,10 @@ def chat(live: Live, body: Any) -> httpx.Response:
         ({"stream": "yes"}, "stream"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
         ({"logprobs": True}, "logprobs"),
+        ({"json_schema": "{}"}, "json_schema"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"x2l": {"reload": 1, "budget_tokens": 500}}, "x2l"),
@@ -189,6 +194,80 @@ def chat(live: Live, body: Any) -> httpx.Response:
 )
 def test_chat_fields(live: Live, body: dict[str, Any], param: str) -> None:
     assert refusal(chat(live, body), 400)["param"] == param
+
+
+HALF = "x \ud800"  # of a character
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [{"role": "user", "content": HALF}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [{"role": "system", "content": HALF}, {"role": "user", "content": "Hello"}]},
+            "messages[0].content",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Hello"},
+                    {"role": "assistant", "content": HALF},
+                    {"role": "user", "content": "And?"},
+                ]
+            },
+            "messages[1].content",
+        ),
+        ({"stop": HALF}, "stop"),
+        ({"stop": ["a", HALF]}, "stop"),
+        ({"model": HALF}, "model"),
+        ({"x2l": {HALF: 1}}, "x2l"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video", "video": f"file:///{HALF}"}]}]},
+            "messages[0].content[0].video",
+        ),
+    ],
+)
+def test_half_a_character(live: Live, body: dict[str, Any], param: str, stream: bool) -> None:
+    error = refusal(post_raw(live, "/v1/chat/completions", body | {"stream": stream}), 400)
+    assert error["param"] == param and "surrogate" in error["message"]
+
+
+def test_half_a_character_elsewhere(live: Live, file_id: str) -> None:
+    for path, body, param in (
+        (f"/v1/files/{file_id}/relevance", {"question": HALF}, "question"),
+        (f"/v1/files/{file_id}/relevance", {"question": "What?", HALF: 1}, None),
+        ("/v1/uploads", {"filename": HALF, "purpose": "user_data", "bytes": 1, "mime_type": "video/mp4"}, "filename"),
+    ):
+        assert refusal(post_raw(live, path, body), 400)["param"] == param
+    whole = "What is \N{CLAPPER BOARD}?"  # goes as two halves
+    assert post_raw(live, f"/v1/files/{file_id}/relevance", {"question": whole}).status_code == 200
+
+
+def test_a_temperature_that_is_no_number(live: Live) -> None:
+    error = refusal(post_raw(live, "/v1/chat/completions", {"temperature": float("nan")}), 400)
+    assert (error["param"], error["message"]) == ("temperature", "temperature must be a finite number")
+
+
+def post_raw(live: Live, path: str, body: dict[str, Any]) -> httpx.Response:
+    """As ``json.dumps`` writes it, with half characters and NaN."""
+    good = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    content = json.dumps(good | body if "chat" in path else body)
+    return post(live, path, content=content, headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    ("part", "param", "told"),
+    [
+        ({"text": "Hello"}, "type", "type is missing"),
+        ({"type": "image_url", "image_url": "data:image/png;base64,AA=="}, "image_url", "must be an object"),
+        ({"type": "text", "text": 5}, "text", "must be a string"),
+    ],
+)
+def test_parts_that_are_none(live: Live, part: dict[str, Any], param: str, told: str) -> None:
+    error = refusal(chat(live, {"messages": [{"role": "user", "content": [part]}]}), 400)
+    assert error["param"] == f"messages[0].content[0].{param}" and error["message"].endswith(told)
 
 
 def test_an_unknown_model(live: Live, client: openai.OpenAI) -> None:
@@ -212,8 +291,12 @@ def test_dials_that_the_video_cannot_meet(live: Live, file_id: str, stream: bool
 
 
 def test_a_huge_prompt(live: Live, file_id: str) -> None:
-    for messages in (ask(file_id, "why? " * 200_000), [{"role": "user", "content": "why? " * 200_000}]):
-        assert refusal(chat(live, {"messages": messages}), 400)["code"] == "context_length_exceeded"
+    question = "why? " * 200_000
+    for messages in (ask(file_id, question), [{"role": "user", "content": question}]):
+        error = refusal(chat(live, {"messages": messages}), 400)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    error = refusal(post(live, f"/v1/files/{file_id}/relevance", json={"question": question}), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "question")
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,44 @@ def test_relevance_scores_every_chunk(live: Live, file_id: str) -> None:
     assert 1 <= len(reply["selection"]) <= 3
 
 
+def test_a_selection_can_be_previewed(live: Live, client: openai.OpenAI, file_id: str) -> None:
+    def preview(dials: object) -> httpx.Response:
+        body = {"question": "What code is on the red star?", "x2l": dials}
+        return httpx.post(f"{live.url}/v1/files/{file_id}/relevance", json=body)
+
+    most = client.chat.completions.create(
+        model=MODEL, messages=ask(file_id), max_tokens=1, extra_body={"x2l": {"reload": 2}}
+    ).x2l["kv_tokens"]["mixed"]
+    for dials, chosen in (
+        (None, 3),
+        ({}, 3),
+        ({"reload": 0}, 0),
+        ({"reload": 1}, 1),
+        ({"budget_tokens": most}, 2),
+        ({"mode": "low"}, 3),
+        ({"mode": "high"}, 0),
+        ({"chunks": [2, 0]}, {0, 2}),
+        ({"start_s": 40, "end_s": 60}, {1}),
+    ):
+        reply = preview(dials).json()
+        assert len(reply["scores"]) == 3 and set(reply) == {"file_id", "scores", "selection"}
+        if dials:
+            answer = client.chat.completions.create(
+                model=MODEL, messages=ask(file_id), max_tokens=1, extra_body={"x2l": dials}
+            )
+            assert [item["chunk"] for item in answer.x2l["evidence"]] == reply["selection"]
+        assert chosen in (len(reply["selection"]), set(reply["selection"]))
+    for dials, param in (
+        ({"reload": 1, "mode": "low"}, "x2l"),
+        ({"chunks": [7]}, "x2l.chunks"),
+        ({"budget_tokens": 1}, "x2l.budget_tokens"),
+        ({"relaod": 1}, "x2l.relaod"),
+        ({"start_s": 60, "end_s": 40}, "x2l.start_s"),
+    ):
+        refused = preview(dials)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
 def test_deleting_while_prefilling_leaves_nothing(live: Live, client: openai.OpenAI, video: Path) -> None:
     file = client.files.create(file=video, purpose="user_data", extra_body={"fps": "7"})
     assert client.files.delete(file.id).deleted

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import httpx
 import openai
 from live import MODEL, Serve, ask
 from prometheus_client.parser import text_string_to_metric_families
+from until import until
+
+from server.engine.metrics import Ending
 
 
-def read(url: str) -> dict[str, float]:
+def read(url: str, headers: Mapping[str, str] | None = None) -> dict[str, float]:
     """Values by name, with the labels' values behind it."""
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics", headers=headers).text)
     samples = [sample for family in families for sample in family.samples if "le" not in sample.labels]
     return {" ".join([sample.name, *sample.labels.values()]): sample.value for sample in samples}
 
@@ -50,6 +55,57 @@ def test_everything_that_was_done_is_counted(serve: Serve, video: Path, tmp_path
     assert after["x2l_batch_size_count"] == after["x2l_batch_size_sum"] == sum(passes)  # one at a time
     for gauge in ("x2l_requests_in_flight", "x2l_requests_running", "x2l_requests_waiting"):
         assert after[gauge] == 0
+
+
+def test_every_request_is_counted_by_how_it_ended(serve: Serve, video: Path) -> None:
+    with serve(api_key=("a",), max_batch=1, max_queue=1, endless=True, keep_alive_s=0.05) as live:
+        headers = {"authorization": "Bearer a"}
+        http = httpx.Client(base_url=live.url, headers=headers, timeout=60)
+        with http, live.client("a") as client:
+            file = client.files.create(file=video, purpose="user_data", extra_body={"fps": "4"})
+
+            def chat(**fields: object) -> int:
+                body = {"model": MODEL, "messages": ask(file.id), "max_tokens": 2} | fields
+                return http.post("/v1/chat/completions", json=body).status_code
+
+            def ended() -> dict[str, float]:
+                found = {
+                    name.removeprefix("x2l_requests_total "): value
+                    for name, value in read(live.url, headers).items()
+                    if name.startswith("x2l_requests_total ")
+                }
+                assert found.keys() == set(get_args(Ending))
+                return {ending: value for ending, value in found.items() if value}
+
+            assert ended() == {}
+            waiting = {"model": MODEL, "messages": ask(file.id), "stream": True}
+            first, second = (http.stream("POST", "/v1/chat/completions", json=waiting) for _ in range(2))
+            with first as one, second as two:
+                lines = one.iter_lines(), two.iter_lines()
+                assert all(map(next, lines))
+                assert chat() == 429
+                client.files.delete(file.id)  # an error amid both
+                assert all("file_not_found" in "".join(rest) for rest in lines)
+            assert ended() == {"busy": 1, "not_found": 2}
+
+            file = client.files.create(file=video, purpose="user_data")
+            client.files.wait_for_processing(file.id, poll_interval=0.1)
+            assert [chat(), chat(stream=True), chat(n=2), chat(model=5), chat(model="x")] == [200, 200, 400, 400, 404]
+            assert chat(messages=ask("file-none")) == 404
+            assert httpx.post(f"{live.url}/v1/chat/completions", json={}).status_code == 401
+            assert http.get("/v1/chat/completions").status_code == 405
+            relevance = f"/v1/files/{file.id}/relevance"
+            assert http.post(relevance, json={"question": "When?"}).status_code == 200
+            assert http.post(relevance, json={"question": ""}).status_code == 400
+            before = {"ok": 3, "rejected": 4, "not_found": 4, "busy": 1}
+            assert ended() == before
+
+            with http.stream("POST", "/v1/chat/completions", json=waiting | {"messages": ask(file.id)}) as stream:
+                next(stream.iter_lines())
+            until(lambda: ended() == before | {"cancelled": 1})
+            live.backend.engine.close()
+            assert chat() == 503
+            assert ended() == before | {"cancelled": 1, "unavailable": 1}
 
 
 def question(client: openai.OpenAI, file_id: str) -> openai.types.chat.ChatCompletion:

@@ -21,9 +21,10 @@ def test_every_response_has_an_id_of_its_own(live: Live, client: openai.OpenAI, 
     assert len(ids) == 4
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(live: Live, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert client.models.retrieve(MODEL).object == "model"
+    model = client.models.retrieve(MODEL)
+    assert (model.object, model.max_model_len) == ("model", live.backend.model.spec.max_positions)
 
 
 def test_the_model_goes_by_the_name_that_it_is_given(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
@@ -47,7 +48,10 @@ def test_health_ready_metrics_and_docs(live: Live) -> None:
     metrics = httpx.get(f"{live.url}/metrics").text
     assert "x2l_requests_in_flight" in metrics and "_created" not in metrics
     assert httpx.get(f"{live.url}/docs").status_code == 200
-    paths = httpx.get(f"{live.url}/openapi.json").json()["paths"]
+    described = httpx.get(f"{live.url}/openapi.json").json()
+    fields = described["components"]["schemas"]["ChatRequest"]["properties"]
+    assert [name for name, field in fields.items() if "description" not in field] == []
+    paths = described["paths"]
     assert {"/v1/files", "/v1/chat/completions", "/v1/files/{file_id}/events"} <= paths.keys()
 
 

@@ -14,7 +14,7 @@ from server.api import errors
 class Inner(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    body: int = 0
+    body: int = Field(0, ge=0)
 
 
 class Outer(BaseModel):
@@ -37,10 +37,18 @@ def client() -> TestClient:
 @pytest.mark.parametrize(
     ("path", "body", "code", "param", "told"),
     [
-        ("/things/x", {}, "invalid_value", "index", "index: "),
-        ("/things/1?limit=x", {}, "invalid_value", "limit", "limit: "),
-        ("/things/1", {"inner": {"body": "x"}}, "invalid_value", "inner.body", "inner.body: "),
+        ("/things/x", {}, "invalid_value", "index", "index must be a whole number"),
+        ("/things/1?limit=x", {}, "invalid_value", "limit", "limit must be a whole number"),
+        ("/things/1", {"inner": {"body": "x"}}, "invalid_value", "inner.body", "inner.body must be a whole number"),
         ("/things/1", {"inner": {"bodi": 1}}, "unknown_parameter", "inner.bodi", "inner.bodi is unknown"),
+        ("/things/1", {"inner": 5}, "invalid_value", "inner", "inner must be an object"),
+        (
+            "/things/1",
+            {"inner": {"body": -1}},
+            "invalid_value",
+            "inner.body",
+            "body must be greater than or equal to 0",
+        ),
         ("/things/1", {"many": []}, "invalid_value", "many", "many is empty"),
         ("/things/1", [], "invalid_body", None, "must be a JSON object"),
         ("/things/1", None, "invalid_body", None, "must be a JSON object"),

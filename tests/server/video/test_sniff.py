@@ -29,6 +29,10 @@ def test_other_containers_are_named(clips, suffix: str) -> None:
     [
         (b"", "empty"),
         (b"hello, world\n", "text"),
+        ("Grüße, \N{CLAPPER BOARD}\n".encode() * 400, "text"),
+        ("Grüße".encode()[:3], "text"),  # cut off within a character
+        (b"\xe0\xff\xa7" * 1000, "not a video of a known kind"),
+        (b"x264 - H.264/MPEG-4 AVC codec" * 30 + b"\0\0\0\1\x65", "not a video of a known kind"),
         (b"#EXTM3U\n#EXT-X-TARGETDURATION:10\nhttp://internal/a.ts\n", "playlist"),
         (b"ffconcat version 1.0\nfile /etc/passwd\n", "playlist"),
         (b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n", "text"),
