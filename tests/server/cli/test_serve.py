@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.cli.serve import longest_videos
+from server.cli.plan import longest_videos
 from server.config import Settings
 from server.models.registry import load_model
 
