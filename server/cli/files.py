@@ -139,16 +139,16 @@ def list_files(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = "") -> No
     with connect(base_url, api_key) as client:
         records = check(client.get("/v1/files", params={"limit": 10_000})).json()["data"]
     terminal = Console()
-    room = terminal.width if terminal.is_terminal else None
-    print_files(records, Console(width=1000, soft_wrap=True, markup=False, emoji=False), room)
+    print_files(records, terminal.width if terminal.is_terminal else None)
 
 
-def print_files(records: Sequence[dict[str, Any]], console: Console, room: int | None) -> None:
+def print_files(records: Sequence[dict[str, Any]], room: int | None) -> None:
     """A row a file, in ``room`` columns (None: no terminal) as far as shorter names make it so; what there is to say of
     it below."""
+    console = Console(width=1000, soft_wrap=True, markup=False, emoji=False)
     name_width = _NAME_WIDTH
     if room is not None:
-        nameless = console.measure(_table(records, 0)).maximum
+        nameless = console.measure(_table(records, 1)).maximum
         name_width = max(_LEAST_NAME_WIDTH, room - nameless + len("file"))
     with console.capture() as table:
         console.print(_table(records, name_width))  # rows that a narrow terminal may wrap, not cells

@@ -237,8 +237,8 @@ class VideoReader:
     def _check_size(self, duration_s: float, width: float, height: float) -> None:
         if duration_s > self._limits.max_duration_s:
             raise VideoTooLarge(
-                f"The video lasts {_in_words(duration_s)}; at most {_in_words(self._limits.max_duration_s)} are allowed "
-                f"({self._limits.max_duration_of}).",
+                f"The video lasts {_in_words(duration_s)}; at most {_in_words(self._limits.max_duration_s)} are "
+                f"allowed ({self._limits.max_duration_of}).",
                 code="video_too_long",
             )
         if width * height > self._limits.max_pixels:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from server.cli.plan import longest_videos
+from pathlib import Path
+
+import pytest
+from tiny_transformers import save_qwen2_5_vl
+
+from server.app import open_backend
+from server.cli.plan import longest_videos, plan
 from server.config import Settings
 from server.models.registry import load_model
 
@@ -19,3 +25,38 @@ def test_no_longer_video_is_promised_than_is_taken() -> None:
         (Settings(max_frames=50), 50 / model.spec.fps),
     ):
         assert list(longest_videos(settings, model)) == [("exact", longest_s)]
+
+
+def test_the_plan_tells_whose_limit_it_is() -> None:
+    model = load_model("tiny", device="cpu")
+    for settings, words in (
+        (Settings(), "exact up to 1:40:00, where the model's clock ends"),
+        (Settings(max_duration_s=600), "exact up to 0:10:00, as --max-duration-s says"),
+        (Settings(max_frames=50), "exact up to 0:00:50, as --max-frames says"),
+    ):
+        assert plan(settings, model)["prefill"] == words
+
+
+def test_the_plan_names_the_compressor_where_there_is_one(tmp_path: Path) -> None:
+    save_qwen2_5_vl(tmp_path)
+    chosen = load_model(str(tmp_path), device="cpu", compressor="keydiff")
+    assert plan(Settings(), chosen)["compressor"] == "keydiff"
+    assert plan(Settings(), load_model(str(tmp_path), device="cpu"))["compressor"] == "stride"
+    assert "compressor" not in plan(Settings(), load_model("tiny", device="cpu"))
+
+
+def test_levels_that_are_alike_are_warned_of() -> None:
+    assert (
+        "re-loading chunks gains nothing" in plan(Settings(), load_model("tiny", low_ratio=2, high_ratio=2))["warning"]
+    )
+    assert "warning" not in plan(Settings(), load_model("tiny"))
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_bounds_without_room_for_a_chunk_stop_the_start(kv_dtype: str) -> None:
+    for name, less in (("gpu_kv_budget", 70_000), ("store_quota_bytes", 160_000)):
+        option = f"--{name.replace('_', '-')}"
+        with pytest.raises(ValueError, match=rf"{option} must be at least \d+ bytes") as refused:
+            open_backend(Settings(store="memory://", device="cpu", kv_dtype=kv_dtype, **{name: less}))
+        least = int(str(refused.value).split()[5])
+        open_backend(Settings(store="memory://", device="cpu", kv_dtype=kv_dtype, **{name: least})).close()

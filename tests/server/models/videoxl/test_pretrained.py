@@ -254,6 +254,12 @@ def test_damaged_files_are_named(tmp_path: Path, spoil: Callable[[Path], object]
     assert "\n" not in str(raised.value)
 
 
+def test_a_folder_without_a_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"no config\.json in {tmp_path}; .*'tiny'.*owner/name"):
+        load_model(".", device="cpu")
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
