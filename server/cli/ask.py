@@ -75,16 +75,18 @@ def stream_answer(
     body = chat_body(client, file_ids, question, options) | {"stream": True}
     text, ended = "", ""
     evidence: dict[str, Any] = {}
-    with event_stream(client, "POST", "/v1/chat/completions", json=body) as chunks:
-        for chunk in chunks:
-            [choice] = chunk["choices"]
-            piece = choice["delta"].get("content") or ""
-            ended = choice["finish_reason"] or ended
-            sys.stdout.write(printable(piece, keep="\n\t"))
-            sys.stdout.flush()
-            text += piece
-            evidence = chunk.get("x2l", evidence)
-    print(flush=True)
+    try:
+        with event_stream(client, "POST", "/v1/chat/completions", json=body) as chunks:
+            for chunk in chunks:
+                [choice] = chunk["choices"]
+                piece = choice["delta"].get("content") or ""
+                ended = choice["finish_reason"] or ended
+                print(printable(piece, keep="\n\t"), end="", flush=True)
+                text += piece
+                evidence = chunk.get("x2l", evidence)
+    finally:
+        if text:  # also of an answer that breaks off
+            print(flush=True)
     if ended == "length":
         print("the answer was cut off: it may not be longer (see --max-tokens, here and of x2l serve)", file=sys.stderr)
     return text, evidence
