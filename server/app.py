@@ -22,6 +22,7 @@ from server.api.context import Services
 from server.api.middleware import Auth, BodyLimit, CountRequests, RequestId
 from server.config import Settings
 from server.engine.engine import Engine
+from server.engine.fit import check_budgets
 from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
 from server.engine.uploads import Uploads
@@ -73,8 +74,10 @@ def open_backend(settings: Settings) -> Backend:
         store.close()
         raise
     spool = Spool()
-    backend = Backend(model, store, Engine(model, store, _engine_options(settings, spool)), spool)
+    options = _engine_options(settings, spool)
+    backend = Backend(model, store, Engine(model, store, options), spool)
     try:
+        check_budgets(model, options)
         backend.engine.start()
     except BaseException:
         backend.close()

@@ -69,7 +69,9 @@ class Settings(BaseSettings):
     api_key: Names = Field((), description="Keys that clients must send; each key sees only its own files.")
     cors_origin: Names = Field((), description="Origins that browsers may call from.")
     keep_alive_s: float = Field(10.0, gt=0, description="Silence in a stream before a keep-alive comment.")
-    drain_s: float = Field(30.0, ge=0, description="How long running streams may finish after SIGTERM.")
+    drain_s: float = Field(
+        30.0, ge=0, description="How long running answers may finish after Ctrl-C or SIGTERM; a second one ends them."
+    )
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="Least severe log.")
 
     max_queue: int = Field(64, ge=1, description="Requests that may wait; more are refused with 429.")
@@ -83,7 +85,7 @@ class Settings(BaseSettings):
     max_images: int = Field(8, ge=0, description="Most images in one request.")
     max_image_bytes: ByteSize = Field(ByteSize(20 * 2**20), ge=1, description="Largest image inside a chat message.")
     max_image_pixels: int = Field(50_000_000, ge=1, description="Largest image, width times height.")
-    max_duration_s: float = Field(4 * 3600.0, gt=0, description="Longest video.")
+    max_duration_s: float = Field(4 * 3600.0, gt=0, description="Longest video; a model's own limit may be lower.")
     max_pixels: int = Field(4096 * 2304, ge=1, description="Largest frame, width times height.")
     max_frames: int = Field(20_000, ge=1, description="Most frames sampled from one video.")
     fps_max: float = Field(8.0, gt=0, description="Highest sampling rate a client may ask for.")

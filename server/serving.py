@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -83,6 +84,12 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         drain_s = 0.0 if self._closing else self._drain_s
+        if drain_s and (count := self._engine.num_in_flight):
+            print(
+                f"x2l: stopping: waits up to {drain_s:g} s for running answers ({count} now); Ctrl-C ends them at once",
+                file=sys.stderr,
+                flush=True,
+            )
         self._closing.append(asyncio.ensure_future(self._drain(drain_s)))
 
     async def _drain(self, drain_s: float) -> None:

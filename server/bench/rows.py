@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -31,12 +32,15 @@ def choose_methods(patterns: Sequence[str], offered: Sequence[Method]) -> list[M
     """
     for pattern in patterns:
         if not any(fnmatchcase(one.name, pattern) for one in EVERY_METHOD):
-            raise ValueError(f"no method is called {pattern!r}; there are {_names(offered)}")
+            raise ValueError(f"no method is called {pattern!r}; there are {_kinds(offered)}")
     chosen = [one for one in offered if not patterns or any(fnmatchcase(one.name, pattern) for pattern in patterns)]
     if not chosen:
-        raise ValueError(f"none of these methods can be asked here; there are {_names(offered)}")
+        raise ValueError(f"none of these methods can be asked here; there are {_kinds(offered)}")
     return chosen
 
 
-def _names(methods: Sequence[Method]) -> str:
-    return ", ".join(method.name for method in methods)
+def _kinds(methods: Sequence[Method]) -> str:
+    """Their names, those that begin alike as one pattern."""
+    kinds = Counter(method.name.partition("-")[0] for method in methods)
+    names = {method.name.partition("-")[0]: method.name for method in methods}
+    return ", ".join(f"{kind}*" if count > 1 else names[kind] for kind, count in kinds.items())

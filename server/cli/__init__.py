@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from server.cli import ask, bench, demo, files, make_video, serve
+from server.cli.text import printable
 from server.client import ServerError
 from server.config import SettingsError
 
@@ -21,8 +23,20 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class _Commands(TyperGroup):
+    """With what typer says of a bad value freed of the validator's own words."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 app = typer.Typer(
     name="x2l",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # in a box of 80 columns, half of what x2l serve --help has to say would be cut off
@@ -63,5 +77,5 @@ def main() -> None:
 
 def fail(message: str) -> None:
     """One line on stderr, exit code 1."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"x2l: {message}", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"x2l: {printable(message)}", markup=False)
     sys.exit(1)

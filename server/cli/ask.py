@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.cli.files import clock
+from server.cli.text import printable
 from server.client import DEFAULT_BASE_URL, ApiKey, BaseUrl, check, connect, event_stream
 
 
@@ -69,18 +70,25 @@ def ask(
 def stream_answer(
     client: httpx.Client, file_ids: Sequence[str], question: str, options: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Prints the answer as it comes; the whole text and the reply's ``x2l`` object. Raises ServerError."""
+    """Prints the answer as it comes, and on stderr if it was cut off; the whole text and the reply's ``x2l`` object.
+    Raises ServerError."""
     body = chat_body(client, file_ids, question, options) | {"stream": True}
-    text = ""
+    text, ended = "", ""
     evidence: dict[str, Any] = {}
-    with event_stream(client, "POST", "/v1/chat/completions", json=body) as chunks:
-        for chunk in chunks:
-            piece = chunk["choices"][0]["delta"].get("content") or ""
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            text += piece
-            evidence = chunk.get("x2l", evidence)
-    print()
+    try:
+        with event_stream(client, "POST", "/v1/chat/completions", json=body) as chunks:
+            for chunk in chunks:
+                [choice] = chunk["choices"]
+                piece = choice["delta"].get("content") or ""
+                ended = choice["finish_reason"] or ended
+                print(printable(piece, keep="\n\t"), end="", flush=True)
+                text += piece
+                evidence = chunk.get("x2l", evidence)
+    finally:
+        if text:  # also of an answer that breaks off
+            print(flush=True)
+    if ended == "length":
+        print("the answer was cut off: it may not be longer (see --max-tokens, here and of x2l serve)", file=sys.stderr)
     return text, evidence
 
 

@@ -45,7 +45,7 @@ def demo() -> None:
 
 def _run(folder: Path, console: Console) -> bool:
     from server.app import open_backend
-    from server.cli.files import clock, upload_file
+    from server.cli.files import clock, send_file, wait_until_ready
     from server.config import load_settings
     from server.models.tiny.make_video import make_video
     from server.serving import running
@@ -58,7 +58,8 @@ def _run(folder: Path, console: Console) -> bool:
     backend = open_backend(settings)
     with running(settings, backend) as address, connect(address, "") as client:
         console.print(f"{video.name}: {clock(facts['duration_s'])}, {video.stat().st_size / 1e6:.1f} MB; {address}")
-        file_id = upload_file(client, video, {}, console)["id"]
+        file_id = send_file(client, video, {}, console)["id"]
+        wait_until_ready(client, file_id, console)
         right = [_ask(client, file_id, question, console) for question in _pick(facts["questions"])]
         console.print(f"\n{sum(right)} of {len(right)} answers are right")
         if sys.stdin.isatty() and sys.stdout.isatty():

@@ -5,19 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import httpx
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
+from server.cli.text import elided, printable
 from server.client import DEFAULT_BASE_URL, ApiKey, BaseUrl, ServerError, check, connect, event_stream
 
 IN_PARTS_ABOVE_NBYTES = 512 * 2**20
 PART_NBYTES = 64 * 2**20
+_LEAST_NAME_WIDTH, _NAME_WIDTH = 16, 48
+_NOTE_WIDTH = 160
 
 
 def add_to(app: typer.Typer) -> None:
@@ -38,36 +51,49 @@ def upload(
     base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key: ApiKey = "",
 ) -> None:
-    """Uploads a video, waits until it is ready, and prints its id."""
+    """Uploads a video, prints its id, and waits until it is ready.
+
+    The exit code is 1 if it cannot be made ready.
+    """
     form: dict[str, Any] = {"fps": fps, "max_frames": max_frames, "pinned": pin}
     if expires_after_s is not None:
         form["expires_after"] = {"anchor": "created_at", "seconds": expires_after_s}
     form = {name: value for name, value in form.items() if value is not None}
+    console = Console(stderr=True)
     with connect(base_url, api_key) as client:
-        record = upload_file(client, file, form, Console(stderr=True))
-    print(record["id"])
+        file_id = send_file(client, file, form, console)["id"]
+        print(file_id, flush=True)  # whatever becomes of the wait, it is known
+        wait_until_ready(client, file_id, console)
 
 
-def upload_file(client: httpx.Client, path: Path, form: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Uploads with a progress bar through bytes and prefill; the processed file object. ``form`` holds the optional
-    fields, as the JSON of ``POST /v1/uploads`` has them. Raises ServerError."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns[:3], DownloadColumn(), console=console) as progress, path.open("rb") as file:
+def send_file(client: httpx.Client, path: Path, form: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Uploads with a progress bar; the file object. ``form`` holds the optional fields, as the JSON of ``POST
+    /v1/uploads`` has them. Raises ServerError."""
+    with _progress(DownloadColumn(), console) as progress, path.open("rb") as file:
         nbytes = path.stat().st_size
         task = progress.add_task("upload", total=nbytes)
         source = progress.wrap_file(file, task_id=task)
         send = _send if nbytes <= IN_PARTS_ABOVE_NBYTES else _send_in_parts
-        record = send(client, source, path.name, nbytes, form)
+        return send(client, source, path.name, nbytes, form)
+
+
+def wait_until_ready(client: httpx.Client, file_id: str, console: Console) -> dict[str, Any]:
+    """Waits through the prefill, with a progress bar; the processed file object. Raises ServerError."""
     with (
-        Progress(*columns, console=console) as progress,
-        event_stream(client, "GET", f"/v1/files/{record['id']}/events") as states,
+        _progress(TimeElapsedColumn(), console) as progress,
+        event_stream(client, "GET", f"/v1/files/{file_id}/events") as states,
     ):
         task = progress.add_task("prefill", total=1.0)
+        record: dict[str, Any] = {"status": "uploaded", "status_details": None}
         for record in states:
             progress.update(task, completed=(record["video"] or {}).get("progress", 0.0))
     if record["status"] != "processed":
-        raise ServerError(record["status_details"] or "the server stopped before the video was ready")
+        raise ServerError(record["status_details"] or f"the server stopped before {file_id} was ready")
     return record
+
+
+def _progress(last: ProgressColumn, console: Console) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), last, console=console)
 
 
 def _send(client: httpx.Client, file: BinaryIO, name: str, nbytes: int, form: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +133,34 @@ def _send_in_parts(
 def list_files(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = "") -> None:
     """Lists the uploaded files, newest first.
 
-    Sizes are in MB: the file itself, its detailed KVs (L) and its small ones (H).
+    Sizes are in MB: the file itself, its detailed KVs (L) and its small ones (H). What is wrong with a file stands
+    below it.
     """
     with connect(base_url, api_key) as client:
         records = check(client.get("/v1/files", params={"limit": 10_000})).json()["data"]
+    terminal = Console()
+    print_files(records, terminal.width if terminal.is_terminal else None)
+
+
+def print_files(records: Sequence[dict[str, Any]], room: int | None) -> None:
+    """A row a file, in ``room`` columns (None: no terminal) as far as shorter names make it so; what there is to say of
+    it below."""
+    console = Console(width=1000, soft_wrap=True, markup=False, emoji=False)
+    name_width = _NAME_WIDTH
+    if room is not None:
+        nameless = console.measure(_table(records, 1)).maximum
+        name_width = max(_LEAST_NAME_WIDTH, room - nameless + len("file"))
+    with console.capture() as table:
+        console.print(_table(records, name_width))  # rows that a narrow terminal may wrap, not cells
+    header, *rows = table.get().splitlines()
+    print(header)
+    for row, record in zip_longest(rows, records):
+        print(row)
+        if record and record["status_details"]:
+            print(elided(f"  {printable(record['status_details'])}", room or _NOTE_WIDTH))
+
+
+def _table(records: Sequence[dict[str, Any]], name_width: int) -> Table:
     table = Table(box=None, header_style="bold", show_footer=bool(records), footer_style="bold")
     sizes = [_sizes(record) for record in records]
     totals = [sum(column) for column in zip(*sizes, strict=True)]
@@ -125,7 +175,7 @@ def list_files(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = "") -> No
         video, expires_at = record["video"], record["expires_at"]
         table.add_row(
             record["id"],
-            record["filename"],
+            elided(printable(record["filename"]), name_width),
             record["status"],
             clock(video["duration_s"]) if video else "",
             f"{video['chunks_done']}/{video['num_chunks']}" if video else "",
@@ -133,7 +183,7 @@ def list_files(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = "") -> No
             time.strftime("%Y-%m-%d %H:%M", time.localtime(expires_at)) if expires_at else "",
             "yes" if record["pinned"] else "",
         )
-    Console(width=1000, soft_wrap=True, markup=False).print(table)  # rows that a narrow terminal may wrap, not cells
+    return table
 
 
 def pin(

@@ -25,4 +25,6 @@ def make(
         make_video(out, seed=seed, chunks=chunks)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror or error}") from None
     print(out)

@@ -99,7 +99,7 @@ class Engine:
             is_open=lambda: self._open,
         )
         self.metrics = EngineMetrics(
-            in_flight=lambda: len(self._in_flight),
+            in_flight=lambda: self.num_in_flight,
             running=lambda: self._scheduler.num_running,
             resident_nbytes=lambda: self._pool.nbytes,
             resident_videos=lambda: len(self._pool),
@@ -129,6 +129,11 @@ class Engine:
     def ready(self) -> bool:
         """Whether questions are taken."""
         return self._open and self._thread.is_alive()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that are being answered or wait to be."""
+        return len(self._in_flight)
 
     def start(self) -> None:
         """Starts the engine thread and goes on with what a restart has cut off. Raises StoreError."""

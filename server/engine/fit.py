@@ -6,10 +6,13 @@ import math
 from bisect import bisect_right
 
 from compression.chunk import Chunk
+from server.engine.options import EngineOptions
 from server.models.base import VideoModel
 from server.video.errors import VideoTooLarge
 from server.video.reader import Sampling, VideoInfo
 
+TYPICAL_PIXELS = 1280, 720
+"""Of a frame, where it is not known yet."""
 _MOST_CHUNKS = 1_000_000
 """Where no bound is met, this is long enough."""
 
@@ -52,10 +55,11 @@ def choose_mode(model: VideoModel, info: VideoInfo, sampling: Sampling, memory_n
     )
 
 
-def longest_in_memory(model: VideoModel, mode: str, width: int, height: int, memory_nbytes: int | None) -> int:
-    """The most frames, in whole chunks, of which a prefill in ``mode`` remembers no more than ``memory_nbytes``."""
+def longest_in_memory(model: VideoModel, mode: str, memory_nbytes: int | None) -> int:
+    """The most frames of a typical size, in whole chunks, of which a prefill in ``mode`` remembers no more than
+    ``memory_nbytes``."""
     size = model.spec.frames_per_chunk
-    num_visual = model.num_visual_tokens(size, width, height)
+    num_visual = model.num_visual_tokens(size, *TYPICAL_PIXELS)
 
     def nbytes(num_chunks: int) -> int:
         return _token_nbytes(model) * model.num_remembered(mode, num_chunks * num_visual, num_chunks)
@@ -76,6 +80,24 @@ def check_resident(nbytes: int, budget_nbytes: int | None) -> None:
             f"The video's small KVs take {nbytes} bytes or more, and the server keeps at most {budget_nbytes} bytes on "
             "its device (--gpu-kv-budget). Lower fps, set max_frames, or give the server a larger --gpu-kv-budget."
         )
+
+
+def check_budgets(model: VideoModel, options: EngineOptions) -> None:
+    """Raises ValueError, naming the option of ``x2l serve``, for a bound in which a single chunk would have no room."""
+    spec = model.spec
+    visual_nbytes = _token_nbytes(model) * model.num_visual_tokens(spec.frames_per_chunk, *TYPICAL_PIXELS)
+    low_nbytes, high_nbytes = visual_nbytes // spec.low_ratio, visual_nbytes // spec.high_ratio
+    if options.low_precision == "int8":
+        low_nbytes //= model.dtype.itemsize
+    high_nbytes += model.prefix().nbytes
+    for option, given, least in (
+        ("--gpu-kv-budget", options.resident_nbytes, high_nbytes),
+        ("--store-quota-bytes", options.store_quota_bytes, high_nbytes + low_nbytes),
+    ):
+        if given is not None and given < least:
+            raise ValueError(
+                f"{option} must be at least {least} bytes, the KVs of a single chunk of {spec.name}; it is {given}"
+            )
 
 
 def _visual(model: VideoModel, info: VideoInfo) -> list[int]:

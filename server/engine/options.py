@@ -59,6 +59,8 @@ class EngineOptions:
 
     def limits_for(self, spec: ModelSpec) -> VideoLimits:
         """The limits of a video for a model, which may not be able to tell the time of a longer one."""
-        if spec.max_duration_s is None:
+        if spec.max_duration_s is None or spec.max_duration_s >= self.limits.max_duration_s:
             return self.limits
-        return replace(self.limits, max_duration_s=min(self.limits.max_duration_s, spec.max_duration_s))
+        return replace(
+            self.limits, max_duration_s=spec.max_duration_s, max_duration_of=f"where the clock of {spec.name} ends"
+        )

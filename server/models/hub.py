@@ -10,6 +10,7 @@ from typing import Any
 from server.models.tensors import CheckpointError
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_EXPECTED = "a model is 'tiny' (bundled), a folder with its config.json, or a hub's repository (owner/name)"
 _TEXTS = ["*.json", "*.txt", "*.jinja"]
 
 
@@ -20,13 +21,19 @@ class UnknownModelError(ValueError):
 def find_folder(name: str) -> Path:
     """The folder of a model: ``name`` itself where it is one, else a repository's, downloaded unless it was before.
 
-    Raises UnknownModelError.
+    Raises UnknownModelError, and CheckpointError for one without a model in it.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    folder = Path(name).expanduser().absolute()
+    if not folder.is_dir():
+        folder = _downloaded(name)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"model {name!r}: there is no config.json in {folder}; {_EXPECTED}")
+    return folder
+
+
+def _downloaded(name: str) -> Path:
     if not _REPOSITORY.fullmatch(name):
-        raise UnknownModelError(f"unknown model {name!r}: no folder, and no repository's name (owner/name) either")
+        raise UnknownModelError(f"unknown model {name!r}: there is no folder of this name; {_EXPECTED}")
     # Slow to import, and not needed by the bundled model.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class VideoLimits:
-    """What a video may be and what decoding it may take.
+    """What a video may be and what decoding it may take. ``max_duration_of`` tells senders whose limit that is.
 
     ``max_pixels`` is width times height, ``max_frames`` counts sampled frames. ``wall_clock_s`` bounds the time spent
     waiting for the decoder (None: a minute and twice the duration); ``stall_s`` the time without a sign of life from
@@ -56,6 +57,7 @@ class VideoLimits:
 
     max_nbytes: int = 8 << 30
     max_duration_s: float = 4 * 3600.0
+    max_duration_of: str = "the server's --max-duration-s"
     max_pixels: int = 4096 * 2304
     max_frames: int = 20_000
     wall_clock_s: float | None = None
@@ -235,7 +237,8 @@ class VideoReader:
     def _check_size(self, duration_s: float, width: float, height: float) -> None:
         if duration_s > self._limits.max_duration_s:
             raise VideoTooLarge(
-                f"The video lasts {duration_s:.1f} s; at most {self._limits.max_duration_s:.1f} s are allowed.",
+                f"The video lasts {_in_words(duration_s)}; at most {_in_words(self._limits.max_duration_s)} are "
+                f"allowed ({self._limits.max_duration_of}).",
                 code="video_too_long",
             )
         if width * height > self._limits.max_pixels:
@@ -274,3 +277,7 @@ class VideoReader:
         self._processes = []
         self._first_frame = first_frame
         self._open(max_processes=1)
+
+
+def _in_words(duration_s: float) -> str:
+    return f"{duration_s:.1f} s" if duration_s < 60 else f"{duration_s:.1f} s ({timedelta(seconds=int(duration_s))})"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from clips import Clips, blank_media
 from live import MODEL, Live, Serve, ask
 
 
@@ -61,6 +62,9 @@ def test_upload_ask_list_and_remove(live: Live, video: Path) -> None:
     answer = run("ask", file_id, question, "--reload", "1", "--max-tokens", "5")
     assert answer.returncode == 0, answer.stderr
     assert "KV tokens" in answer.stderr and "chunk" in answer.stderr
+    assert "cut off" not in run("ask", file_id, question, "--max-tokens", "64").stderr
+    cut = run("ask", file_id, question, "--max-tokens", "1")
+    assert cut.returncode == 0 and cut.stderr.count("the answer was cut off") == 1
     whole = json.loads(run("ask", file_id, question, "--mode", "low", "--max-tokens", "5", "--json").stdout)
     assert whole["x2l"]["kv_tokens"]["mixed"] == whole["x2l"]["kv_tokens"]["low"]
     chosen = json.loads(run("ask", file_id, question, "--chunks", "1,0", "--max-tokens", "1", "--json").stdout)
@@ -75,6 +79,42 @@ def test_upload_ask_list_and_remove(live: Live, video: Path) -> None:
     assert run("rm", file_id).stdout.strip() == file_id
     gone = run("rm", file_id)
     assert gone.returncode == 1 and "No such file" in gone.stderr
+
+
+def test_an_id_is_known_whatever_becomes_of_its_video(video: Path, tmp_path: Path, unused_port: int) -> None:
+    store = f"disk:{tmp_path / 'store'}"
+    with (
+        started(unused_port, "-m", "server", "serve", "--port", str(unused_port), "--store", store) as (server, url),
+        subprocess.Popen(
+            [sys.executable, "-m", "server", "upload", str(video), "--base-url", url],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        ) as upload,
+    ):
+        assert upload.stdout is not None
+        file_id = upload.stdout.readline()
+        server.kill()
+        rest, said = upload.communicate(timeout=60)
+    assert file_id.startswith("file-") and (rest, upload.returncode) == ("", 1)
+    assert said.splitlines()[-1].startswith("x2l: ")
+
+
+def test_names_and_reasons_cannot_steer_a_terminal(serve: Serve, tmp_path: Path, clips: Clips) -> None:
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(clips("mp4", width=160, height=96, fps=5.0, duration_s=60.0).path.read_bytes())
+    blank_media(damaged, 0.5)
+    with serve() as live:
+        ended = x2l("upload", str(damaged), "--base-url", live.url)
+        file_id = ended.stdout.strip()
+        assert ended.returncode == 1 and file_id.startswith("file-") and ended.stderr.splitlines()[-1] != ""
+        name = "\x1b]0;owned\x07.mp4"
+        httpx.post(f"{live.url}/v1/files", files={"file": (name, damaged.read_bytes())}, data={"purpose": "vision"})
+        listed = x2l("files", "--base-url", live.url).stdout
+        assert "\x1b" not in listed and "\x07" not in listed
+        reason = httpx.get(f"{live.url}/v1/files/{file_id}").json()["status_details"]
+        assert reason and f"  {reason}" in listed.splitlines()
 
 
 def test_the_key_and_the_address_come_from_the_environment(serve: Serve) -> None:
@@ -99,6 +139,8 @@ def test_make_video(tmp_path: Path) -> None:
     assert len(facts["questions"]) >= 12
     assert (tmp_path / "a.mp4").stat().st_size > 0
     assert x2l("make-video", str(tmp_path / "c.mp4"), "--seed", "1000000").returncode == 2
+    nowhere = x2l("make-video", str(tmp_path / "none" / "b.mp4"), "--chunks", "1")
+    assert nowhere.returncode == 1 and str(tmp_path / "none" / "b.mp4") in nowhere.stderr
 
 
 @pytest.mark.parametrize(
@@ -195,6 +237,8 @@ def test_sigterm_lets_streams_finish_and_then_stops(video: Path, unused_port: in
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-2]
         assert process.wait(timeout=30) == 0
+        said = process.stdout.read() if process.stdout else ""
+        assert said.count("waits up to 60 s for running answers (1 now); Ctrl-C ends them at once") == 1
 
 
 def test_a_second_signal_stops_at_once(video: Path, unused_port: int) -> None:

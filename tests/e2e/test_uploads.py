@@ -119,7 +119,8 @@ def test_x2l_sends_a_large_file_in_parts(live: Live, video: Path, monkeypatch: p
     monkeypatch.setattr(cli_files, "PART_NBYTES", 100_000)
     fields = {"max_frames": 8, "expires_after": {"anchor": "created_at", "seconds": 7200}}
     with connect(live.url, "") as client:
-        file = cli_files.upload_file(client, video, fields, Console(quiet=True))
+        quiet = Console(quiet=True)
+        file = cli_files.wait_until_ready(client, cli_files.send_file(client, video, fields, quiet)["id"], quiet)
         assert (file["status"], file["bytes"], file["video"]["num_frames"]) == ("processed", video.stat().st_size, 8)
         assert file["expires_at"] == file["created_at"] + 7200
         client.delete(f"/v1/files/{file['id']}")

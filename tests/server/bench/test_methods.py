@@ -29,7 +29,7 @@ def test_choice() -> None:
 @pytest.mark.parametrize(
     ("patterns", "offered", "message"),
     [
-        (["low", "nothing"], METHODS, "no method is called 'nothing'; there are low, "),
+        (["low", "nothing"], METHODS, "no method is called 'nothing'; there are low, uniform\\*, "),
         (["stride"], methods_at_server(dials=True), "none of these methods can be asked here; there are low, "),
         (["low"], methods_at_server(dials=False), "none of these methods can be asked here; there are plain"),
     ],

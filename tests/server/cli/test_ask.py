@@ -24,6 +24,12 @@ def test_what_is_missing_is_said(words: list[str], message: str) -> None:
     assert message in " ".join(ran.stderr.split())
 
 
+def test_a_bad_choice_is_told_in_plain_words() -> None:
+    ran = CliRunner().invoke(x2l, ["ask", "file-0123", "Is there a moon?", "--mode", "foo"])
+    assert ran.exit_code == 2
+    assert "'--mode': 'foo' is not one of 'auto', 'low', 'high'" in " ".join(ran.stderr.split())
+
+
 def test_the_version() -> None:
     ran = CliRunner().invoke(x2l, ["--version"])
     assert ran.exit_code == 0 and ran.stdout.startswith("x2l 0.")

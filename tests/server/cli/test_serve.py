@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from server.cli.serve import longest_videos
+from pathlib import Path
+
+import pytest
+from tiny_transformers import save_qwen2_5_vl
+
+from server.app import open_backend
+from server.cli.plan import longest_videos, plan
 from server.config import Settings
 from server.models.registry import load_model
 
@@ -19,3 +25,49 @@ def test_no_longer_video_is_promised_than_is_taken() -> None:
         (Settings(max_frames=50), 50 / model.spec.fps),
     ):
         assert list(longest_videos(settings, model)) == [("exact", longest_s)]
+
+
+def test_longer_videos_than_fit_into_memory_take_a_cheaper_mode() -> None:
+    model = load_model("tiny", device="cpu")
+    spec = model.spec
+    token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
+    half_an_hour = 57 * spec.frames_per_chunk
+    num_visual = model.num_visual_tokens(half_an_hour, 1280, 720)
+    memory_nbytes = token_nbytes * model.num_remembered("exact", num_visual, 57)
+    (first, exact_s), (second, most_s) = longest_videos(Settings(), model, memory_nbytes)
+    assert (first, exact_s) == ("exact", half_an_hour) and (second, most_s) == ("recent-2", spec.max_duration_s)
+
+
+def test_the_plan_tells_whose_limit_it_is() -> None:
+    model = load_model("tiny", device="cpu")
+    for settings, words in (
+        (Settings(), "exact up to 1:40:00, where the model's clock ends"),
+        (Settings(max_duration_s=600), "exact up to 0:10:00, as --max-duration-s says"),
+        (Settings(max_frames=50), "exact up to 0:00:50, as --max-frames says"),
+    ):
+        assert plan(settings, model)["prefill"] == words
+
+
+def test_the_plan_names_the_compressor_where_there_is_one(tmp_path: Path) -> None:
+    save_qwen2_5_vl(tmp_path)
+    chosen = load_model(str(tmp_path), device="cpu", compressor="keydiff")
+    assert plan(Settings(), chosen)["compressor"] == "keydiff"
+    assert plan(Settings(), load_model(str(tmp_path), device="cpu"))["compressor"] == "stride"
+    assert "compressor" not in plan(Settings(), load_model("tiny", device="cpu"))
+
+
+def test_levels_that_are_alike_are_warned_of() -> None:
+    assert (
+        "re-loading chunks gains nothing" in plan(Settings(), load_model("tiny", low_ratio=2, high_ratio=2))["warning"]
+    )
+    assert "warning" not in plan(Settings(), load_model("tiny"))
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_bounds_without_room_for_a_chunk_stop_the_start(kv_dtype: str) -> None:
+    for name, less in (("gpu_kv_budget", 70_000), ("store_quota_bytes", 160_000)):
+        option = f"--{name.replace('_', '-')}"
+        with pytest.raises(ValueError, match=rf"{option} must be at least \d+ bytes") as refused:
+            open_backend(Settings(store="memory://", device="cpu", kv_dtype=kv_dtype, **{name: less}))
+        least = int(str(refused.value).split()[5])
+        open_backend(Settings(store="memory://", device="cpu", kv_dtype=kv_dtype, **{name: least})).close()

@@ -44,8 +44,8 @@ def test_the_less_memory_there_is_the_cheaper_is_the_mode(model: Any) -> None:
     for mode, nbytes in needed.items():
         assert choose_mode(model, video, Sampling(1.0), nbytes) == mode
         if mode != "bounded-8":  # which remembers no more of a longer one
-            assert longest_in_memory(model, mode, 96, 64, nbytes) == video.num_frames
-            assert longest_in_memory(model, mode, 96, 64, nbytes - 1) < video.num_frames
+            assert longest_in_memory(model, mode, nbytes) == video.num_frames
+            assert longest_in_memory(model, mode, nbytes - 1) < video.num_frames
     with pytest.raises(VideoTooLarge, match=f"{needed['bounded-8']} bytes"):
         choose_mode(model, video, Sampling(1.0), needed["bounded-8"] - 1)
 

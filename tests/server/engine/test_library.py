@@ -237,9 +237,11 @@ def test_a_video_beyond_the_models_time_is_refused_at_once(
 ) -> None:
     model = fresh_model()
     model.spec = replace(model.spec, max_duration_s=10.0)
-    with pytest.raises(VideoTooLarge) as refused:
+    with pytest.raises(VideoTooLarge, match="where the clock of x2l-tiny ends") as refused:
         drive(model=model).upload(four_chunks)
     assert refused.value.code == "video_too_long"
+    with pytest.raises(VideoTooLarge, match=r"at most 5\.0 s are allowed \(the server's --max-duration-s\)"):
+        drive(model=model, limits=VideoLimits(max_duration_s=5.0)).upload(four_chunks)
     with pytest.raises(VideoTooLarge):
         drive(limits=VideoLimits(max_frames=13)).upload(four_chunks)
 

@@ -149,6 +149,6 @@ def test_a_folder_is_known_by_its_type(reference: Reference, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="compressor"):
         load_model("tiny", compressor="pool")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    for name, words in ((str(tmp_path), r"tiny.*qwen2_5_vl"), ("no/such/folder", "no folder")):
+    for name, words in ((str(tmp_path), r"tiny.*qwen2_5_vl"), ("no/such/folder", "no folder of this name.*owner/name")):
         with pytest.raises(UnknownModelError, match=words):
             load_model(name, device="cpu")

@@ -243,7 +243,7 @@ def test_a_configuration_that_is_not_supported_is_named(tmp_path: Path, change: 
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "the tokenizer cannot be read"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").unlink(), "there is no config.json"),
         (lambda folder: [file.unlink() for file in folder.glob("model*")], "no model.safetensors"),
     ],
 )
@@ -253,6 +253,12 @@ def test_damaged_files_are_named(tmp_path: Path, spoil: Callable[[Path], object]
     with pytest.raises(CheckpointError, match=named) as raised:
         load(folder)
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"no config\.json in {tmp_path}; .*'tiny'.*owner/name"):
+        load_model(".", device="cpu")
 
 
 def truncate(path: Path) -> None:
