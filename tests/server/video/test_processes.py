@@ -156,7 +156,7 @@ def test_a_process_whose_part_of_the_memory_is_too_small_makes_way_for_one_with_
 def test_memory_is_limited_for_all_together(clips: Clips) -> None:
     path = clips("mp4", codec="hevc", width=1920, height=1080, fps=5.0, duration_s=4.0, gop=5).path
     with pytest.raises(VideoTooLarge, match="memory"):
-        read_all(path, memory_nbytes=128 << 20)
+        read_all(path, memory_nbytes=96 << 20)
 
 
 # As if there were many cores: threads that a library starts by itself take more than a part of the memory.
