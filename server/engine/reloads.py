@@ -68,7 +68,8 @@ class Reloads:
         """Those of them that nobody had asked for when they were begun."""
         self._prefetch = Prefetch(prefetch_nbytes)
         self._selected: OrderedDict[KVKey, frozenset[int]] = OrderedDict()  # least recently asked about first
-        self._token_nbytes = model.token_nbytes
+        spec = model.spec
+        self._token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
