@@ -27,12 +27,6 @@ class CacheDecoder:
     def __init__(self, model: VideoModel) -> None:
         self.model = model
 
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes of one KV token."""
-        spec = self.model.spec
-        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.dtype.itemsize
-
     def prompt(self, text: str) -> Tensor:
         """The token ids of a question, on the model's device."""
         return torch.tensor(self.model.tokenize([Turn("user", text)]), device=self.model.device)
@@ -46,7 +40,7 @@ class CacheDecoder:
 
         The caches themselves stay as they are.
         """
-        largest = max((cache.num_mixed * self.token_nbytes for cache in caches), default=1)
+        largest = max((cache.num_mixed * self.model.token_nbytes for cache in caches), default=1)
         size = max(1, min(_BATCH, _BATCH_NBYTES // largest))
         replies: list[Reply] = []
         for start in range(0, len(texts), size):
@@ -77,7 +71,7 @@ class CacheDecoder:
             Reply(
                 text=self._text(ids),
                 kv_tokens=cache.num_mixed,
-                kv_nbytes=cache.num_mixed * self.token_nbytes,
+                kv_nbytes=cache.num_mixed * self.model.token_nbytes,
                 times_ms=times_ms,
             )
             for ids, cache in zip(said, caches, strict=True)

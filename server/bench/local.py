@@ -286,7 +286,7 @@ class LocalVideo:
             text=text,
             error="degraded: an L-KV could not be read" if outcome.degraded else None,
             kv_tokens=outcome.mixed_tokens,
-            kv_nbytes=outcome.mixed_tokens * self.decoder.token_nbytes,
+            kv_nbytes=outcome.mixed_tokens * self.model.token_nbytes,
             reload_nbytes=outcome.reload_nbytes,
             reloaded=outcome.selection,
             spans_s=tuple((evidence.start_s, evidence.end_s) for evidence in outcome.evidence),

@@ -9,8 +9,8 @@ from torch import nn
 
 from kvstore.open import without_password
 from server.config import Settings
-from server.engine.fit import TYPICAL_PIXELS, longest_in_memory
-from server.models.base import ModelSpec, VideoModel
+from server.engine.fit import longest_in_memory
+from server.models.base import TYPICAL_PIXELS, ModelSpec, VideoModel
 
 _ALIKE = "both ratios are the same, so re-loading chunks gains nothing (--low-ratio, --high-ratio)"
 
@@ -21,7 +21,7 @@ def plan(settings: Settings, model: VideoModel, memory_nbytes: int | None = None
     # A model keeps its modules as attributes; the contract asks for none in particular.
     modules = [value for value in vars(model).values() if isinstance(value, nn.Module)]
     num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
-    token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
+    token_nbytes = model.token_nbytes
     low_mb, high_mb = (nbytes / 1e6 for nbytes in _hour_nbytes(settings, spec, token_nbytes))
     chunk_s = spec.frames_per_chunk / spec.fps
     reload = spec.default_reload if settings.reload is None else settings.reload

@@ -7,12 +7,10 @@ from bisect import bisect_right
 
 from compression.chunk import Chunk
 from server.engine.options import EngineOptions
-from server.models.base import VideoModel
+from server.models.base import TYPICAL_PIXELS, VideoModel
 from server.video.errors import VideoTooLarge
 from server.video.reader import Sampling, VideoInfo
 
-TYPICAL_PIXELS = 1280, 720
-"""Of a frame, where it is not known yet."""
 _MOST_CHUNKS = 1_000_000
 """Where no bound is met, this is long enough."""
 
@@ -45,7 +43,7 @@ def choose_mode(model: VideoModel, info: VideoInfo, sampling: Sampling, memory_n
             code="video_too_long",
         )
     visual = _visual(model, info)
-    needed = [_token_nbytes(model) * model.num_remembered(mode, sum(visual), len(visual)) for mode in fitting]
+    needed = [model.token_nbytes * model.num_remembered(mode, sum(visual), len(visual)) for mode in fitting]
     for mode, nbytes in zip(fitting, needed, strict=True):
         if memory_nbytes is None or nbytes <= memory_nbytes:
             return mode
@@ -62,7 +60,7 @@ def longest_in_memory(model: VideoModel, mode: str, memory_nbytes: int | None) -
     num_visual = model.num_visual_tokens(size, *TYPICAL_PIXELS)
 
     def nbytes(num_chunks: int) -> int:
-        return _token_nbytes(model) * model.num_remembered(mode, num_chunks * num_visual, num_chunks)
+        return model.token_nbytes * model.num_remembered(mode, num_chunks * num_visual, num_chunks)
 
     most = _MOST_CHUNKS if memory_nbytes is None else bisect_right(range(_MOST_CHUNKS), memory_nbytes, lo=1, key=nbytes)
     return (most - 1) * size
@@ -70,7 +68,7 @@ def longest_in_memory(model: VideoModel, mode: str, memory_nbytes: int | None) -
 
 def least_resident_nbytes(model: VideoModel, info: VideoInfo) -> int:
     """What a video's H-KVs take at least; the prefix and what models keep of a chunk besides come on top."""
-    return _token_nbytes(model) * sum(num // model.spec.high_ratio for num in _visual(model, info))
+    return model.token_nbytes * sum(num // model.spec.high_ratio for num in _visual(model, info))
 
 
 def check_resident(nbytes: int, budget_nbytes: int | None) -> None:
@@ -85,7 +83,7 @@ def check_resident(nbytes: int, budget_nbytes: int | None) -> None:
 def check_budgets(model: VideoModel, options: EngineOptions) -> None:
     """Raises ValueError, naming the option of ``x2l serve``, for a bound in which a single chunk would have no room."""
     spec = model.spec
-    visual_nbytes = _token_nbytes(model) * model.num_visual_tokens(spec.frames_per_chunk, *TYPICAL_PIXELS)
+    visual_nbytes = model.token_nbytes * model.num_visual_tokens(spec.frames_per_chunk, *TYPICAL_PIXELS)
     low_nbytes, high_nbytes = visual_nbytes // spec.low_ratio, visual_nbytes // spec.high_ratio
     if options.low_precision == "int8":
         low_nbytes //= model.dtype.itemsize
@@ -104,8 +102,3 @@ def _visual(model: VideoModel, info: VideoInfo) -> list[int]:
     """Of each chunk."""
     chunks = plan_chunks(info, model.spec.frames_per_chunk)
     return [model.num_visual_tokens(chunk.num_frames, info.width, info.height) for chunk in chunks]
-
-
-def _token_nbytes(model: VideoModel) -> int:
-    spec = model.spec
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize

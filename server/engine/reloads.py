@@ -68,8 +68,7 @@ class Reloads:
         """Those of them that nobody had asked for when they were begun."""
         self._prefetch = Prefetch(prefetch_nbytes)
         self._selected: OrderedDict[KVKey, frozenset[int]] = OrderedDict()  # least recently asked about first
-        spec = model.spec
-        self._token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
+        self._token_nbytes = model.token_nbytes
 
     @property
     def nbytes(self) -> int:

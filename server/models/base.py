@@ -21,6 +21,9 @@ from server.models.slices import Slices, whole
 from server.models.tensors import CheckpointError
 from server.video.frames import Frames
 
+TYPICAL_PIXELS = 1280, 720
+"""Of a frame, where it is not known yet."""
+
 Role = Literal["system", "user", "assistant"]
 
 
@@ -140,6 +143,12 @@ class VideoModel(ABC):
     prefill_mode: str
     """What a chunk's prefill sees of the chunks before it; ``exact`` is as the method was published."""
     end_ids: frozenset[int]
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of a KV token's keys and values on the device."""
+        spec = self.spec
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.dtype.itemsize
 
     @abstractmethod
     def preprocess(self, frames: Frames) -> Tensor:

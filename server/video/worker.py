@@ -287,10 +287,9 @@ class Decoder:
             return None
         if self.frame is None or (self._reached() - wanted) * self.share.tick_s > MAX_GAP_S:
             raise StopIteration
-        # By itself the library takes a thread a core, whose stacks alone are more memory than a share may have.
-        pixels = self.frame.to_ndarray(
-            width=self.share.width, height=self.share.height, format="rgb24", threads=self.share.num_threads
-        )
+        size = {"width": self.share.width, "height": self.share.height}
+        # By itself it takes a thread a core, whose stacks alone are more memory than a share may have.
+        pixels = self.frame.to_ndarray(**size, format="rgb24", threads=self.share.num_threads)
         return np.ascontiguousarray(np.rot90(pixels, round(self.frame.rotation / 90)))
 
     def _advance(self, pts: int) -> bool:
@@ -338,9 +337,7 @@ def send_frames(path: str, share: Share, is_first: bool, outbox: Outbox) -> None
 
 def _failure(error: Exception, share: Share, time_s: float) -> Exception:
     """What stopped the decoder: not every codec tells a refused allocation from damaged data."""
-    if isinstance(error, MemoryError):
-        return error
-    if isinstance(error, BlockingIOError):  # no thread could be started: there was no room for its stack
+    if isinstance(error, MemoryError | BlockingIOError):  # the latter: no room for the stack of another thread
         return MemoryError()
     try:
         spare_nbytes = SPARE_NBYTES + SPARE_FRAMES * share.width * share.height * 3

@@ -47,12 +47,7 @@ def measure_model(video: Path, repeats: int, tick: Callable[[], None], **setting
     # Others' work must not have slowed the one and spared the other.
     paces = Paces(*map(max, zip(astuple(paces), astuple(measure_paces(model.device, model.dtype)), strict=True)))
     tick()
-    spec, itemsize = model.spec, model.dtype.itemsize
-    floor = Floor(
-        paces,
-        num_step_weights(model.decoder) * itemsize,
-        2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * itemsize,
-    )
+    floor = Floor(paces, num_step_weights(model.decoder) * model.dtype.itemsize, model.token_nbytes)
     facts = describe_gpu(model.device) | {
         "paces": {name: float(f"{pace:.4g}") for name, pace in asdict(paces).items()},
         "weight_nbytes_a_step": floor.weight_nbytes,

@@ -14,7 +14,7 @@ from transformers.utils import is_accelerate_available, logging
 
 from compression.rope import Rope
 from compression.score import AttentionScorer
-from server.models.base import ModelSpec
+from server.models.base import TYPICAL_PIXELS, ModelSpec
 from server.models.families.decoder import TransformersDecoder
 from server.models.families.hints import Hints
 from server.models.families.one_pass import OnePassConfig, OnePassModel, VisionTower
@@ -22,8 +22,6 @@ from server.models.families.preprocessing import read_fps
 from server.models.lm.decoder_model import PromptConfig
 from server.models.tensors import CheckpointError, TensorFolder, Uninitialised, first_line, refuse_misfits
 from server.models.tokenizer import load_tokenizer
-
-_TYPICAL_PIXELS = 1280, 720
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ class TransformersFolder:
             num_kv_heads=text.num_key_value_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             vocab_size=text.vocab_size,
-            tokens_per_frame=vision.num_tokens(chunk, *_TYPICAL_PIXELS) // chunk,
+            tokens_per_frame=vision.num_tokens(chunk, *TYPICAL_PIXELS) // chunk,
             frames_per_chunk=chunk,
             low_ratio=compression.low_ratio,
             high_ratio=compression.high_ratio,

@@ -30,8 +30,8 @@ _MOST_READ = 1 << 21
 """KV tokens, counted anew for each tile: above, attention that reads them once for all is faster."""
 _MOST_PIECES = 1 << 12
 """Segments, counted likewise: the host lists them all."""
-_ITEMS_A_ROW, _MOST_ITEMS_WARM = 64, 1 << 12
-"""Of the graphs that are captured before anybody asks: an hour's video takes fewer items a row."""
+_ITEMS_A_TILE, _MOST_ITEMS_WARM = 64, 1 << 12
+"""Of the graphs that are captured before anybody asks: an hour's video takes fewer items a tile."""
 
 
 class Decoding:
@@ -81,7 +81,7 @@ class Decoding:
         self._fill([], 1)  # there are no items yet, whatever their number
         for tile, most_rows in ((1, self.max_rows), (TILE, _PROMPT_ROWS)):
             for num_tiles in _doubled(1, most_rows // tile):
-                most = min(max(_ITEMS_A_ROW * num_tiles, 4 * LEAST_ITEMS), _MOST_ITEMS_WARM)
+                most = min(max(_ITEMS_A_TILE * num_tiles, 4 * LEAST_ITEMS), _MOST_ITEMS_WARM)
                 for num_items in _doubled(LEAST_ITEMS, most):
                     self._run(_Shape(num_tiles * tile, num_items, tile))
                     if tile > 1:

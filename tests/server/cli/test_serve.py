@@ -30,10 +30,9 @@ def test_no_longer_video_is_promised_than_is_taken() -> None:
 def test_longer_videos_than_fit_into_memory_take_a_cheaper_mode() -> None:
     model = load_model("tiny", device="cpu")
     spec = model.spec
-    token_nbytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
     half_an_hour = 57 * spec.frames_per_chunk
     num_visual = model.num_visual_tokens(half_an_hour, 1280, 720)
-    memory_nbytes = token_nbytes * model.num_remembered("exact", num_visual, 57)
+    memory_nbytes = model.token_nbytes * model.num_remembered("exact", num_visual, 57)
     (first, exact_s), (second, most_s) = longest_videos(Settings(), model, memory_nbytes)
     assert (first, exact_s) == ("exact", half_an_hour) and (second, most_s) == ("recent-2", spec.max_duration_s)
 

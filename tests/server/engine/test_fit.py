@@ -30,13 +30,8 @@ def info(num_frames: int) -> VideoInfo:
     return VideoInfo(float(num_frames), 96, 64, num_frames, 1.0)
 
 
-def token_nbytes(model: Any) -> int:
-    spec = model.spec
-    return int(2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4)
-
-
 def test_the_less_memory_there_is_the_cheaper_is_the_mode(model: Any) -> None:
-    video, size = info(40 * model.spec.frames_per_chunk), token_nbytes(model)
+    video, size = info(40 * model.spec.frames_per_chunk), model.token_nbytes
     num_visual = model.num_visual_tokens(video.num_frames, 96, 64)
     needed = {mode: size * model.num_remembered(mode, num_visual, 40) for mode in MODES}
     assert list(needed.values()) == sorted(needed.values(), reverse=True)
