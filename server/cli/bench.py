@@ -299,6 +299,8 @@ def serving(
         fail(str(error) or type(error).__name__)
     keep(result)
     print("\n".join(format_table(result["table"])))
+    if result["not_measured"]:
+        fail("; ".join(result["not_measured"]))
 
 
 @contextmanager

@@ -26,11 +26,13 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """Seconds to the first piece of text and to the end as the client saw them; the response's ``x2l`` object."""
+    """Seconds to the first piece of text and to the end as the client saw them; how many tokens and pieces of text
+    came; the response's ``x2l`` object."""
 
     ttft_s: float
     took_s: float
     num_tokens: int
+    num_texts: int
     x2l: Mapping[str, Any]
 
 
@@ -65,12 +67,13 @@ class Asker:
         begin_s = time.perf_counter()
         first_s: float | None = None
         x2l: Mapping[str, Any] = {}
-        num_tokens = 0
+        num_tokens = num_texts = 0
         with event_stream(self.client, "POST", "/v1/chat/completions", json=body) as events:
             for event in events:
                 if event["choices"]:
                     if event["choices"][0]["delta"].get("content"):
                         first_s = first_s or time.perf_counter()
+                        num_texts += 1
                         on_event()
                     x2l = event.get("x2l") or x2l
                 elif event.get("usage"):
@@ -78,7 +81,7 @@ class Asker:
         end_s = time.perf_counter()
         if not x2l or x2l["degraded"]:
             raise ServerError(f"no proper answer to {one.text!r}")
-        return Answer((first_s or end_s) - begin_s, end_s - begin_s, num_tokens, x2l)
+        return Answer((first_s or end_s) - begin_s, end_s - begin_s, num_tokens, num_texts, x2l)
 
     def ask_all(self, asks: Sequence[Ask]) -> list[Answer | Exception]:
         """All at once, a thread each."""

@@ -18,7 +18,7 @@ from server.client import ServerError
 
 _BASE_TOKENS, _TOKENS_A_ROW = 192, 4
 """Of an answer: the first streams run on while the last ones are scored and read."""
-_MOST_TOKENS = 8192
+_MOST_TOKENS = 2048
 """Where that does not do, on a slow machine, answers are longer, up to this."""
 _LEAST_SHARE = 0.7
 """Of the window's passes that must have had all rows, for it to count."""
@@ -66,7 +66,7 @@ def measure_decode(
             windows.append(window)
             tick()
         elif (num_tokens := 2 * num_tokens) > _MOST_TOKENS:
-            raise ServerError(f"{batch} streams were never all decoding: their answers are too short")
+            raise ServerError(f"{batch} streams over {kv_tokens} KV tokens were never all decoding: {_story(answers)}")
     return summarize(windows, batch, sum(answer.x2l["kv_tokens"]["mixed"] for answer in answers), floor)
 
 
@@ -93,6 +93,16 @@ def summarize(windows: Sequence[Window], batch: int, kv_tokens: int, floor: Floo
     row["full"] = row["rows_in_a_pass"] >= _LEAST_SHARE * batch
     row["of_floor"] = round(row["floor_ms"] / row["step_ms"], 3)
     return row
+
+
+def _story(answers: Sequence[Answer]) -> str:
+    """When the streams began and ended."""
+    begins_s, ends_s = [answer.ttft_s for answer in answers], [answer.took_s for answer in answers]
+    silent = sum(answer.num_texts == 0 for answer in answers)
+    return (
+        f"of answers of {min(answer.num_tokens for answer in answers)} tokens or more the last one's text began after "
+        f"{max(begins_s):.2f} s and the first one ended after {min(ends_s):.2f} s; {silent} had no text"
+    )
 
 
 def _ask(video: UploadedVideo, number: int, kv_tokens: int, max_tokens: int) -> Ask:

@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,11 +27,14 @@ from server.bench.serving.process import Served, serving
 from server.bench.serving.resident import full_cache, measure_resident
 from server.bench.serving.table import make_table
 from server.bench.serving.video import UploadedVideo, upload
+from server.client import ServerError
 from server.spool import Spool
 
 _WIDTH, _HEIGHT, _FPS = 640, 360, 25
 _SLACK_NBYTES = 1 << 24
 _DISK_FILES = 6
+_UPLOADS = 4
+"""At the same time."""
 _LEAST_CHUNKS = 20
 """For tenths of a prefill to be told apart."""
 
@@ -108,11 +113,12 @@ def run_serving(target: Target, sizes: Sizes, tell: Tell, keep: Callable[[dict[s
             result["prefill"] = _prefill(videos[0], facts["prefill_parts"])
             result["resident"] = measure_resident(asker, videos[0], floor, _ratio(served))
             keep(result)
-            for path in short:
-                tell("prefill", 1)
-                videos.append(upload(asker, path))
+            with ThreadPoolExecutor(_UPLOADS) as uploads:
+                for video in uploads.map(partial(upload, asker), short):
+                    tell("prefill", 1)
+                    videos.append(video)
             tell("decode", 1)
-            result["decode"] = _decode(served, asker, videos, sizes, floor, tell)
+            result["decode"], result["not_measured"] = _decode(served, asker, videos, sizes, floor, tell)
             keep(result)
             result["load"] = measure_load(
                 asker,
@@ -216,20 +222,26 @@ def _prefill(video: UploadedVideo, parts: dict[str, Any]) -> dict[str, Any]:
 
 def _decode(
     served: Served, asker: Asker, videos: list[UploadedVideo], sizes: Sizes, floor: Floor, tell: Tell
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows, and why others could not be measured."""
     most = max(video.low_tokens for video in videos)
     reached = reachable(sizes.kv_tokens, most)
     if max(sizes.kv_tokens) > most:
         num_dropped = len(sizes.kv_tokens) - len(reached)
         tell(f"decode: no video has more than {most} KV tokens", num_dropped * len(sizes.batches) * sizes.repeats)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
     for kv_tokens, asked in reached.items():
         for batch in sizes.batches:
             text = f"decode, {kv_tokens} KV tokens, batch {batch}"
             tick = lambda text=text: tell(text, 1)  # noqa: E731
-            row = measure_decode(served, asker, videos, batch, kv_tokens, sizes.repeats, floor, tick)
-            rows.append({"asked_kv_tokens": asked, "all_kv_tokens": asked > most, **row})
-    return rows
+            try:
+                row = measure_decode(served, asker, videos, batch, kv_tokens, sizes.repeats, floor, tick)
+            except ServerError as error:  # what comes behind it may be worth having
+                failures.append(f"{text}: {error}")
+            else:
+                rows.append({"asked_kv_tokens": asked, "all_kv_tokens": asked > most, **row})
+    return rows, failures
 
 
 def reachable(asked: Sequence[int], most: int) -> dict[int, int]:

@@ -19,7 +19,7 @@ FLOOR = Floor(Paces(copy=1e6, to_device=1e6, matmul=1e9), weight_nbytes=1000, to
 def answer(ttft_s: float, reload_ms: float, reload_nbytes: int) -> Answer:
     timings = {"score": 1.0, "reload": reload_ms, "prefill": 2.0}
     x2l = {"timings_ms": timings, "reload_bytes": reload_nbytes, "kv_tokens": {"mixed": 80, "low": 200, "high": 20}}
-    return Answer(ttft_s, ttft_s + 1, 4, x2l)
+    return Answer(ttft_s, ttft_s + 1, 4, 4, x2l)
 
 
 def test_decode_takes_medians_and_leaves_nothing_of_the_time_out():
