@@ -54,8 +54,7 @@ def measure_decode(
     interpreter. ``http_ms_per_token`` is the CPU time of the thread behind HTTP, also what of it ran beside a pass. So
     their sum may count a moment twice, but leaves nothing out.
     """
-    enough = [video for video in videos if video.low_tokens >= kv_tokens]
-    picked = enough or [max(videos, key=lambda video: video.low_tokens)]
+    picked = pick(videos, kv_tokens)
     num_tokens = _BASE_TOKENS + _TOKENS_A_ROW * batch
     windows: list[Window] = []
     answers: list[Answer] = []
@@ -68,6 +67,16 @@ def measure_decode(
         elif (num_tokens := 2 * num_tokens) > _MOST_TOKENS:
             raise ServerError(f"{batch} streams over {kv_tokens} KV tokens were never all decoding: {_story(answers)}")
     return summarize(windows, batch, sum(answer.x2l["kv_tokens"]["mixed"] for answer in answers), floor)
+
+
+def pick(videos: Sequence[UploadedVideo], kv_tokens: int) -> Sequence[UploadedVideo]:
+    """Those whose caches can have about ``kv_tokens``; where none can, the one that comes nearest."""
+    able = [video for video in videos if video.high_tokens <= kv_tokens <= video.low_tokens]
+    return able or [min(videos, key=lambda video: abs(kv_tokens - _nearest(video, kv_tokens)))]
+
+
+def _nearest(video: UploadedVideo, kv_tokens: int) -> int:
+    return max(video.high_tokens, min(video.low_tokens, kv_tokens))
 
 
 def summarize(windows: Sequence[Window], batch: int, kv_tokens: int, floor: Floor) -> dict[str, Any]:
@@ -106,7 +115,7 @@ def _story(answers: Sequence[Answer]) -> str:
 
 
 def _ask(video: UploadedVideo, number: int, kv_tokens: int, max_tokens: int) -> Ask:
-    budget = {"budget_tokens": max(kv_tokens, video.high_tokens)}
+    budget = {"budget_tokens": _nearest(video, kv_tokens)}
     dial: Mapping[str, Any] = budget if kv_tokens < video.low_tokens else {"mode": "low"}
     return Ask(video.file_id, QUESTIONS[number % len(QUESTIONS)], max_tokens, dial)
 
@@ -139,6 +148,7 @@ def _run(served: Served, asker: Asker, asks: Sequence[Ask]) -> tuple[Window | No
     try:
         futures += [pool.submit(stream, place) for place in range(len(asks))]
         wait(lambda: all(events))
+        begun = all(events)
         begin_s, begin_cpu_s, before = look()
         wait(lambda: max(events) >= last)
         end_s, end_cpu_s, after = look()
@@ -150,7 +160,7 @@ def _run(served: Served, asker: Asker, asks: Sequence[Ask]) -> tuple[Window | No
         return sum(value - before.get(key, 0.0) for key, value in after.items() if key.startswith(name))
 
     passes, tokens = grown("x2l_forward_seconds_count"), grown("x2l_generated_tokens_total")
-    if not passes or not tokens:
+    if not begun or not passes or not tokens:
         return None, answers
     window = Window(end_s - begin_s, grown("x2l_forward_seconds_sum"), end_cpu_s - begin_cpu_s, passes, tokens)
     return window, answers

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from server.bench.serving.asker import Answer
-from server.bench.serving.decode import Window, summarize
+from server.bench.serving.decode import Window, pick, summarize
 from server.bench.serving.floor import Floor
 from server.bench.serving.follow_up import summarize as summarize_follow_up
 from server.bench.serving.hardware import Paces
 from server.bench.serving.resident import full_cache
 from server.bench.serving.run import Sizes, reachable
 from server.bench.serving.table import format_table, make_table
+from server.bench.serving.video import UploadedVideo
 
 FLOOR = Floor(Paces(copy=1e6, to_device=1e6, matmul=1e9), weight_nbytes=1000, token_nbytes=10)
 
@@ -30,6 +31,17 @@ def test_decode_takes_medians_and_leaves_nothing_of_the_time_out():
     assert (row["engine_ms_per_token"], row["http_ms_per_token"], row["overhead_ms_per_token"]) == (1.0, 0.5, 1.5)
     assert row["floor_ms"] == 7.0 and row["of_floor"] == pytest.approx(7 / 12, abs=1e-3)
     assert not summarize(windows, 4, 600, FLOOR)["full"]  # half of the rows were missing
+
+
+def test_streams_decode_over_videos_whose_caches_can_have_the_size():
+    hour, minute, second = (
+        UploadedVideo(name, {}, low, high) for name, low, high in (("h", 900, 90), ("m", 60, 6), ("s", 9, 1))
+    )
+    assert pick([hour, minute, second], 50) == [minute]
+    assert pick([hour, minute, second], 90) == [hour]
+    assert pick([hour, minute, second], 5) == [second]
+    assert pick([hour, minute, second], 70) == [minute]
+    assert pick([hour, minute, second], 2000) == [hour]
 
 
 def test_caches_larger_than_any_video_are_measured_once():
