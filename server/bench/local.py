@@ -38,7 +38,7 @@ from server.engine.errors import EngineError
 from server.engine.options import EngineOptions
 from server.engine.record import FileRecord, VideoStatus
 from server.engine.request import Delta, Outcome, Request, SamplingParams
-from server.models.base import Turn, VideoModel
+from server.models.base import Row, Turn, VideoModel
 from server.models.families.one_pass import OnePassModel, OnePassPrefill
 from server.models.videoxl.model import VideoXL
 from server.models.videoxl.raw import RawPrefill
@@ -174,7 +174,7 @@ class LocalVideo:
         """The uncompressed KVs of the whole video as one chunk, judged by all tokens of a question that follows it."""
         cache, whole = self._raw_cache
         with torch.inference_mode(), self._scoring(AttentionScorer()):  # the one that needs every layer's queries
-            trace = self.model.trace(self.decoder.prompt(text), cache)
+            trace = self.model.trace([Row(self.decoder.prompt(text), cache)])[0]
         positions = trace.start + torch.arange(trace.queries.shape[2], device=trace.queries.device)
         return whole.seen_by(trace.queries, positions)
 
@@ -229,7 +229,7 @@ class LocalVideo:
         draft_ids = self.model.tokenizer.encode(draft, add_special_tokens=False)
         with self._scoring(scorer):
             ids = torch.tensor([*self.decoder.prompt(text).tolist(), *draft_ids], device=self.model.device)
-            trace = replace(self.model.trace(ids, cache), num_asking=1 + len(draft_ids))
+            trace = replace(self.model.trace([Row(ids, cache)])[0], num_asking=1 + len(draft_ids))
         scores: list[float] = scorer.score(trace, cache, chunks, self.model.rope).tolist()
         return scores
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
+from compression.score import QueryTrace
 from kvstore.base import Store, Tier
 from kvstore.errors import StoreError
 from kvstore.key import KVKey
 from kvstore.resident import ResidentPool
 from kvstore.video import VideoStore
-from server.engine.batch import draw
+from server.engine.batch import draw, trace
 from server.engine.caches import Caches, Copies, Shares
 from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, reply_to
 from server.engine.lane import Lane
@@ -65,7 +66,12 @@ class Engine:
             options = self._options = replace(options, prefill_nbytes=_free_nbytes(model.device, options))
         self._pool = ResidentPool(options.resident_nbytes, self._caches.resident)
         self._writers = ThreadPoolExecutor(options.writer_threads, "x2l-write")
-        self._scheduler = Scheduler(max_batch=options.max_batch, prefill_share=options.prefill_share)
+        self._scheduler = Scheduler(
+            max_batch=options.max_batch,
+            prefill_share=options.prefill_share,
+            # Without, a pass over several prompts takes as long as one pass after the other.
+            score_tokens=options.prompt_step if self._decoder is not None else 0,
+        )
         self._lap_s = 0.0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reads = Reads(options.reader_threads, self._inbox.put)
@@ -208,8 +214,8 @@ class Engine:
         to do."""
         self._fill_slots()
         plan = self._scheduler.plan()
-        if plan.score:
-            self._attempt(plan.score, self._score)
+        if plan.scored:
+            self._score(plan.scored)
         if plan.rows:
             self._forward(plan.rows)
         self._account(plan)
@@ -280,10 +286,25 @@ class Engine:
             if question.phase is Phase.WAITING:
                 self._fail(question, ShuttingDown("the server is shutting down"))
 
-    def _score(self, question: Question) -> None:
-        if not question.score():
+    def _score(self, questions: list[Question]) -> None:
+        at_last: list[Question] = []
+        for question in questions:
+            self._attempt(question, partial(self._read_on, at_last))
+        for question, outcome in zip(at_last, trace(self._model, at_last), strict=True):
+            if isinstance(outcome, Exception):
+                self._fail(question, reply_to(outcome))
+            else:
+                self._attempt(question, partial(self._scored, outcome))
+
+    def _read_on(self, at_last: list[Question], question: Question) -> None:
+        if question.read_on():
+            at_last.append(question)
+        else:
             self._scheduler.postpone(question)
-        elif not question.request.generate:
+
+    def _scored(self, traced: QueryTrace, question: Question) -> None:
+        question.score(traced)
+        if not question.request.generate:
             self._emit(question, question.finish("stop"))
         elif question.cache is not None:
             question.phase = Phase.PREFILL

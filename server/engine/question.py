@@ -12,6 +12,7 @@ import torch
 from compression.chunk import Chunk
 from compression.kv import ChunkKV
 from compression.mixed import MixedCache
+from compression.score import QueryTrace
 from compression.segments import RotatedKV
 from compression.select import CacheSizes, Selection, select
 from kvstore.key import KVKey
@@ -104,6 +105,11 @@ class Question:
     def id(self) -> str:
         return self.request.id
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Those of its images and its text."""
+        return self._prompt.num_tokens
+
     def check(self, manifests: Sequence[Manifest]) -> None:
         """Refuses what can be known to fail before anything is scored, and notes what the videos are made of.
 
@@ -134,12 +140,9 @@ class Question:
         room = self._prompt.num_tokens + self._max_tokens
         self.cache = MixedCache(prefix, [], self._model.rope, room=room)
 
-    def score(self) -> bool:
-        """Reads the next piece of the prompt over the H-KVs of all videos; with the last one scores the chunks and
-        selects what to re-load, and returns True. With nothing to re-load it is then ready to answer from the H-KVs.
-
-        Raises SelectionError, ContextLengthExceeded.
-        """
+    def read_on(self) -> bool:
+        """Reads the next piece of the prompt over the H-KVs of all videos, but not the last one; whether that comes
+        now, which :meth:`row` then is."""
         model, prompt = self._model, self._prompt
         if self.cache is None:
             self._lap()
@@ -147,14 +150,22 @@ class Question:
             # It serves the answer too where nothing is re-loaded.
             room = prompt.num_tokens + self._most_tokens
             self.cache = self._caches.assemble(self._placed, {}, min(room, model.spec.max_positions))
-        cache, row = self.cache, prompt.row(self.cache)
-        if not prompt.at_last:
-            model.forward([row])
-            prompt.advance()
-            return False
-        trace = model.trace(row.ids, cache)
+        if prompt.at_last:
+            return True
+        model.forward([prompt.row(self.cache)])
+        prompt.advance()
+        return False
+
+    def score(self, trace: QueryTrace) -> None:
+        """Scores the chunks by what the last piece of the prompt looks at, and selects what to re-load. With nothing to
+        re-load it is then ready to answer from the H-KVs.
+
+        Raises SelectionError, ContextLengthExceeded.
+        """
+        model, cache = self._model, self.cache
+        assert cache is not None
         cache.forget_conversation()
-        prompt.rewind()
+        self._prompt.rewind()
         chunks = self._caches.chunks(self._placed) if model.scorer.reads_chunks else ()
         self._scores = tuple(model.scorer.score(trace, cache, chunks, model.rope).tolist())
         self.selection = self._select(self._scores)
@@ -162,7 +173,6 @@ class Question:
         self._ms["score"] = self._lap()
         if self.selection.chunks:
             self.cache = None
-        return True
 
     def wanted(self) -> list[tuple[int, Video, int]]:
         """What is to be read from the store, in the order of the cache: the chunk's place there, its video, its index
@@ -213,9 +223,9 @@ class Question:
         self._ms["reload"] = self._lap()
 
     def row(self) -> Row:
-        """What it puts into the next forward pass: the next piece of its prompt, or the token drawn last."""
+        """What it puts into the next pass: the next piece of its prompt, or the token drawn last."""
         assert self.cache is not None
-        if self.phase is Phase.PREFILL:
+        if self.phase in (Phase.SCORE, Phase.PREFILL):
             return self._prompt.row(self.cache)
         return Row(torch.tensor([self._last_token], device=self._model.device), self.cache)
 

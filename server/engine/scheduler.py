@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from server.engine.ingest import Ingest
 from server.engine.question import Phase, Question
@@ -12,14 +13,14 @@ from server.engine.question import Phase, Question
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The questions' part of a step: at most one is read for its scores, and ``rows`` go through one forward pass
+    """The questions' part of a step: ``scored`` are read for their scores, and ``rows`` go through one forward pass
     together (prompts and decodes alike)."""
 
-    score: Question | None
+    scored: list[Question]
     rows: list[Question]
 
     def __bool__(self) -> bool:
-        return bool(self.score or self.rows)
+        return bool(self.scored or self.rows)
 
 
 class Scheduler:
@@ -33,10 +34,12 @@ class Scheduler:
     Used by the engine thread alone.
     """
 
-    def __init__(self, *, max_batch: int, prefill_share: float) -> None:
+    def __init__(self, *, max_batch: int, prefill_share: float, score_tokens: int = 0) -> None:
+        """In a step so many questions are scored as have ``score_tokens`` together, or one."""
         if max_batch < 1 or not 0 < prefill_share < 1:
             raise ValueError("max_batch must be at least 1 and prefill_share between 0 and 1")
         self._max_batch = max_batch
+        self._score_tokens = score_tokens
         self._prefill_per_question_s = prefill_share / (1 - prefill_share)
         self._questions: dict[str, Question] = {}
         self._ingests: deque[Ingest] = deque()
@@ -73,8 +76,11 @@ class Scheduler:
 
     def plan(self) -> Plan:
         questions = self._questions.values()
-        score = next((question for question in questions if question.phase is Phase.SCORE), None)
-        return Plan(score, [question for question in questions if question.phase in (Phase.PREFILL, Phase.DECODE)])
+        waiting = [question for question in questions if question.phase is Phase.SCORE]
+        ends = accumulate(question.num_prompt_tokens for question in waiting)
+        scored = [question for question, end in zip(waiting, ends, strict=True) if end <= self._score_tokens]
+        rows = [question for question in questions if question.phase in (Phase.PREFILL, Phase.DECODE)]
+        return Plan(scored or waiting[:1], rows)
 
     def account(self, plan: Plan, questions_s: float, prefill_s: float) -> None:
         """Tells how long a step's questions took, and all the slices that have ended since the last step's."""

@@ -213,6 +213,6 @@ class VideoModel(ABC):
         return None
 
     @abstractmethod
-    def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:
-        """The queries that ``ids`` [n] would make over ``cache``, for the scorer; the cache's length stays as it is
-        (the room behind it is used as scratch)."""
+    def trace(self, rows: Sequence[Row]) -> list[QueryTrace]:
+        """The queries that every row's tokens would make over its cache, for the scorer; the caches' lengths stay as
+        they are (the room behind them is used as scratch)."""

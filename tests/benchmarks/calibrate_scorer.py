@@ -25,7 +25,7 @@ from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from compression.score import AttentionScorer, CosineScorer
 from server.bench.local import encode_video
-from server.models.base import Turn, VideoModel
+from server.models.base import Row, Turn, VideoModel
 from server.models.registry import load_model
 
 MIN_GAIN = 1e-3
@@ -59,7 +59,7 @@ def samples(model: VideoModel, videos: Sequence[Video]) -> list[Sample]:
                 continue
             ids = torch.tensor(model.tokenize([Turn("user", question["question"])]))
             cache = MixedCache(model.prefix(), high, model.rope, room=len(ids))
-            trace = model.trace(ids, cache)
+            trace = model.trace([Row(ids, cache)])[0]
             scores = torch.stack([one.score(trace, cache, high, model.rope) for one in single])
             cosine = CosineScorer().score(trace, cache, high, model.rope)
             heads = scores.view(spec.num_layers, spec.num_heads, -1)

@@ -147,7 +147,7 @@ def questions(model: DecoderModel, repeats: int) -> list[dict[str, Any]]:
                     cache.length = cache.num_mixed
 
                 def score(ids: torch.Tensor = ids, cache: SharedCache = cache) -> None:
-                    model.trace(ids, cache)
+                    model.trace([Row(ids, cache)])
 
                 row |= {
                     f"{name}_ms": median_ms(read, repeats, model.device),

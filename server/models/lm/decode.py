@@ -120,12 +120,13 @@ class Decoding:
         return self._logits[: len(prompts)].clone()
 
     @torch.inference_mode()
-    def trace(self, ids: Tensor, cache: MixedCache) -> Tensor:
-        """The queries [layers, heads, n, head_dim] before RoPE of ``ids`` [n] behind ``cache``, which does not advance;
+    def trace(self, prompts: Sequence[tuple[Tensor, MixedCache]]) -> list[Tensor]:
+        """The queries [layers, heads, n, head_dim] before RoPE of ids [n] behind every cache, which does not advance;
         if it :meth:`takes` them. Does not wait for the device."""
-        (end,) = self._fill_prompts([(ids, cache)])
-        self._run(self._shape(end, TILE, traced=True))
-        return self._queries[:, :end].transpose(1, 2).contiguous()
+        ends = self._fill_prompts(prompts)
+        self._run(self._shape(ends[-1], TILE, traced=True))
+        places = [slice(end - len(ids), end) for end, (ids, _) in zip(ends, prompts, strict=True)]
+        return [self._queries[:, place].transpose(1, 2).contiguous() for place in places]
 
     def _fill_prompts(self, prompts: Sequence[tuple[Tensor, MixedCache]]) -> list[int]:
         """A row a token, each prompt from a tile of its own on; behind which row each ends."""

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from compression.cache import KVCache
 from compression.kv import ChunkKV, Level
-from compression.mixed import MixedCache
 from compression.score import QueryTrace, Scorer
 from server.models.base import ModelSpec, Row, StepDecoder, Turn, VideoModel
 from server.models.device import indices
@@ -125,13 +124,22 @@ class DecoderModel(VideoModel):
         return decoding
 
     @torch.inference_mode()
-    def trace(self, ids: Tensor, cache: MixedCache) -> QueryTrace:
-        if self._decoding is not None and self._decoding.takes([(ids, cache)]):
-            queries = self._decoding.trace(ids, cache)
-            return QueryTrace(queries[: self.scorer.num_layers], cache.next_position)
-        window = Window(self.decoder.embed_tokens(ids), cache)
+    def trace(self, rows: Sequence[Row]) -> list[QueryTrace]:
+        prompts = [(row.ids, row.cache) for row in rows]
+        if self._decoding is not None and self._decoding.takes(prompts):
+            traced = self._decoding.trace(prompts)
+            num_layers = self.scorer.num_layers
+            return [
+                QueryTrace(queries[:num_layers], row.cache.next_position)
+                for queries, row in zip(traced, rows, strict=True)
+            ]
+        if len(rows) > 1:
+            middle = len(rows) // 2
+            return self.trace(rows[:middle]) + self.trace(rows[middle:])
+        (row,) = rows
+        window = Window(self.decoder.embed_tokens(row.ids), row.cache)
         projected = whole(self.decoder.slices([window], self.scorer.num_layers))
-        return QueryTrace(torch.stack([queries for queries, _, _ in projected]), cache.next_position)
+        return [QueryTrace(torch.stack([queries for queries, _, _ in projected]), row.cache.next_position)]
 
     def no_tokens(self) -> ChunkKV:
         """A KV of zero tokens: the shape of this model's caches."""

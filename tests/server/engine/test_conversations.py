@@ -123,7 +123,7 @@ def test_one_softmax_scores_all_chunks_and_evidence_names_their_file(
     a, b = driver.upload(four_chunks), driver.upload(two_chunks)
     high = [*high_of(driver, a).chunks, *high_of(driver, b).chunks]
     cache = MixedCache(model.prefix(), high, model.rope, room=200)
-    expected = model.scorer.score(model.trace(ids_of(model), cache), cache, high, model.rope).tolist()
+    expected = model.scorer.score(model.trace([Row(ids_of(model), cache)])[0], cache, high, model.rope).tolist()
     outcome = driver.ask([a, b], dial=Dial(reload=5)).outcome
     assert outcome.scores == pytest.approx(expected, abs=1e-6)
     assert outcome.files == (FileChunks(a.id, 4), FileChunks(b.id, 2))
@@ -260,7 +260,7 @@ def test_an_image_changes_what_is_relevant(drive: Drive, model: VideoXL, four_ch
     high = list(high_of(driver, record).chunks)
     cache = MixedCache(model.prefix(), high, model.rope, room=200)
     model.forward([Row(torch.empty(0, dtype=torch.int64), cache, model.encode(image(model, 3), np.zeros(1)))])
-    expected = model.scorer.score(model.trace(ids_of(model), cache), cache, high, model.rope).tolist()
+    expected = model.scorer.score(model.trace([Row(ids_of(model), cache)])[0], cache, high, model.rope).tolist()
     assert shown.outcome.scores == pytest.approx(expected, abs=1e-6)
     assert shown.outcome.scores != pytest.approx(plain.outcome.scores, abs=1e-6)
 

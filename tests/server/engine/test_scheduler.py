@@ -24,6 +24,7 @@ class Item:
     has_slice: bool = True
     within_chunk: bool = False
     ended: bool = False
+    num_prompt_tokens: int = 20
 
 
 class Clock:
@@ -98,8 +99,14 @@ class Simulation:
         self.gaps_s.append(self.prefill_s - before_s)
 
 
-def scheduler(*items: Item, max_batch: int = 4, prefill_share: float = 0.5, ingests: tuple[Item, ...] = ()) -> Any:
-    made: Any = Scheduler(max_batch=max_batch, prefill_share=prefill_share)
+def scheduler(
+    *items: Item,
+    max_batch: int = 4,
+    prefill_share: float = 0.5,
+    score_tokens: int = 0,
+    ingests: tuple[Item, ...] = (),
+) -> Any:
+    made: Any = Scheduler(max_batch=max_batch, prefill_share=prefill_share, score_tokens=score_tokens)
     for item in items:
         made.add(item)
     for ingest in ingests:
@@ -124,14 +131,22 @@ def test_prompts_and_decodes_share_a_pass_and_one_question_is_scored() -> None:
     scored = [Item("d", Phase.SCORE), Item("e", Phase.SCORE)]
     plan = scheduler(*rows, *scored, Item("f", Phase.RELOADING), max_batch=8).plan()
     assert plan.rows == rows
-    assert plan.score is scored[0]
+    assert plan.scored == scored[:1]
+
+
+@pytest.mark.parametrize(("sizes", "num_scored"), [((20, 20, 20, 20), 3), ((60, 1), 1), ((61, 1), 1), ((20, 41, 1), 1)])
+def test_questions_are_scored_together_up_to_a_number_of_tokens(sizes: tuple[int, ...], num_scored: int) -> None:
+    waiting = [Item(str(size), Phase.SCORE, num_prompt_tokens=size) for size in sizes]
+    for place, item in enumerate(waiting):
+        item.id = str(place)
+    assert scheduler(*waiting, score_tokens=60).plan().scored == waiting[:num_scored]
 
 
 def test_a_postponed_question_lets_the_others_go_first() -> None:
     first, second = Item("a", Phase.SCORE), Item("b", Phase.SCORE)
     policy = scheduler(first, second)
     for expected in (first, second, first):
-        assert policy.plan().score is expected
+        assert policy.plan().scored == [expected]
         policy.postpone(expected)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from clips import Clip
 
+from compression.score import QueryTrace
 from compression.segments import SharedCache
 from compression.select import Dial
 from kvstore.memory import MemoryStore
@@ -118,6 +119,40 @@ def test_a_step_decoder_takes_what_decodes(
     warm = driver.start(records[0], temperature=0.7, seed=11).wait()
     assert warm.error is None
     assert {(row.temperature, row.seed) for row in steps.batches[-1]} == {(0.7, 11)}
+
+
+def test_questions_that_come_together_are_scored_together(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, two_chunks: Clip
+) -> None:
+    model = fresh_model()
+    plain = drive(model=model, share_kvs=True)
+    records = [plain.upload(four_chunks), plain.upload(two_chunks)]
+    words = ["What is shown?", "x" * 2000, "When does it end?", "How many are there?"]
+    cases = list(zip([*records, *records], words, strict=True))
+    expected = [plain.ask(record, text) for record, text in cases]
+    assert len({answer.outcome.scores for answer in expected}) == len(cases)
+    steps = PlainSteps(model)
+    model.step_decoder = lambda max_rows: steps  # type: ignore[method-assign]
+    sizes: list[int] = []
+    trace = model.trace
+
+    def count(rows: Sequence[Row]) -> list[QueryTrace]:
+        sizes.append(len(rows))
+        if len(rows) > 1 and fails:
+            raise RuntimeError("out of memory")
+        return trace(rows)
+
+    model.trace = count  # type: ignore[method-assign]
+    for fails in (False, True):
+        sizes.clear()
+        driver = drive(plain.store, model=model, share_kvs=True)
+        with driver.held():
+            answers = [driver.start(record, text) for record, text in cases]
+        waited = [answer.wait() for answer in answers]
+        assert [answer.text for answer in waited] == [answer.text for answer in expected]
+        for answer, like in zip(waited, expected, strict=True):
+            assert answer.outcome.scores == pytest.approx(like.outcome.scores, rel=1e-4)
+        assert max(sizes) > 1 and (not fails or sizes.count(1) >= len(cases))
 
 
 def test_a_step_that_fails_ends_its_question_alone(

@@ -193,12 +193,14 @@ def test_short_prompts_by_the_kernels(qk_norm: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     for sizes in ((5, 3), (1, 6), (19, 9)):
         ids = [torch.randint(0, VOCAB, (size,), generator=generator).to(DEVICE) for size in sizes]
-        with torch.inference_mode():
-            projected = whole(plain.slices([Window(plain.embed_tokens(ids[0]), first_copy)]))
-        expected = torch.stack([queries for queries, _, _ in projected])
         before = first.length, first.next_position
-        torch.testing.assert_close(decoding.trace(ids[0], first), expected, atol=3e-4, rtol=1e-3)
+        traced = decoding.trace([(ids[0], first), (ids[1], second)])
         assert (first.length, first.next_position) == before
+        for queries, prompt, cache in zip(traced, ids, (first_copy, second_copy), strict=True):
+            with torch.inference_mode():
+                projected = whole(plain.slices([Window(plain.embed_tokens(prompt), cache)]))
+            expected = torch.stack([like for like, _, _ in projected])
+            torch.testing.assert_close(queries, expected, atol=3e-4, rtol=1e-3)
         ends = [sizes[0] - 1, sum(sizes) - 1]
         expected = read(plain, [(ids[0], first_copy), (ids[1], second_copy)])[ends]
         logits = decoding.read([(ids[0], first), (ids[1], second)])
@@ -242,7 +244,8 @@ def test_a_model_scores_and_reads_short_prompts_as_without_the_kernels() -> None
 
     def seen() -> tuple[Tensor, Tensor]:
         caches = [SharedCache([Part(resident, i) for i in range(4)], model.rope, room=40) for _ in prompts]
-        queries = model.trace(prompts[0], caches[0]).queries
+        rows = [Row(ids, cache) for ids, cache in zip(prompts, caches, strict=True)]
+        queries = torch.cat([traced.queries for traced in model.trace(rows)], dim=2)
         return queries, model.forward([Row(ids, cache) for ids, cache in zip(prompts, caches, strict=True)])
 
     expected = seen()
