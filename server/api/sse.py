@@ -14,9 +14,14 @@ DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
 
 
+# JSON leaves these as they are, but many clients take them for ends of a line.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
+
 def event(data: Any) -> bytes:
     """One event; ``data`` goes as one line of JSON."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 async def with_keep_alive(events: AsyncIterator[bytes], every_s: float) -> AsyncIterator[bytes]:

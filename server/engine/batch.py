@@ -13,15 +13,19 @@ from server.models.base import StepDecoder, VideoModel
 Found = TypeVar("Found")
 
 
-def draw(model: VideoModel, decoder: StepDecoder | None, questions: Sequence[Question]) -> list[int | Exception]:
+def draw(
+    model: VideoModel, decoder: StepDecoder | None, questions: Sequence[Question], meanwhile: Callable[[], None]
+) -> list[int | Exception]:
     """The next token of every question, drawn in one pass, or two where there is a ``decoder``: it takes those that
     decode. If a pass fails its questions are tried one by one, and in the place of the guilty one's token stands its
-    error."""
+    error. ``meanwhile`` is called once or more, while a decoder's step is computed if there is one."""
     decoding = [q for q in questions if q.phase is Phase.DECODE] if decoder is not None else []
     others = [question for question in questions if question not in decoding]
     drawn: dict[str, int | Exception] = {}
     if decoder is not None and decoding:
-        drawn |= _attempt(decoding, lambda some: _step(decoder, some))
+        drawn |= _attempt(decoding, lambda some: _step(decoder, some, meanwhile))
+    else:
+        meanwhile()
     if others:
         drawn |= _attempt(others, lambda some: _forward(model, some))
     return [drawn[question.id] for question in questions]
@@ -39,8 +43,8 @@ def _forward(model: VideoModel, questions: Sequence[Question]) -> list[int]:
     return sample(model.forward([question.row() for question in questions]), [q.sampler for q in questions])
 
 
-def _step(decoder: StepDecoder, questions: Sequence[Question]) -> list[int]:
-    tokens, logits = decoder.step([question.step() for question in questions])
+def _step(decoder: StepDecoder, questions: Sequence[Question], meanwhile: Callable[[], None]) -> list[int]:
+    tokens, logits = decoder.step([question.step() for question in questions], meanwhile)
     for place, question in enumerate(questions):
         if question.sampler.on_device is None:
             tokens[place] = question.sampler.draw(logits[place].cpu())

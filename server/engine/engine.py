@@ -72,6 +72,8 @@ class Engine:
             # Without, a pass over several prompts takes as long as one pass after the other.
             score_tokens=options.prompt_step if self._decoder is not None else 0,
         )
+        self._untold: list[Question] = []
+        """With a token that their clients do not know of yet."""
         self._lap_s = 0.0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reads = Reads(options.reader_threads, self._inbox.put)
@@ -214,6 +216,8 @@ class Engine:
         to do."""
         self._fill_slots()
         plan = self._scheduler.plan()
+        if plan.scored or not plan.rows:
+            self._tell()
         if plan.scored:
             self._score(plan.scored)
         if plan.rows:
@@ -221,6 +225,7 @@ class Engine:
         self._account(plan)
         ingest, room_s = self._scheduler.prefill(plan)
         if ingest:
+            self._tell()
             self._lane.run(ingest, room_s)
         return bool(plan or ingest)
 
@@ -348,21 +353,30 @@ class Engine:
     def _forward(self, questions: list[Question]) -> None:
         kind: PassKind = "decode" if all(question.phase is Phase.DECODE for question in questions) else "prompt"
         begin_s = time.perf_counter()
-        drawn = draw(self._model, self._decoder, questions)
+        drawn = draw(self._model, self._decoder, questions, self._tell)
         self.metrics.passed(kind, len(questions), time.perf_counter() - begin_s)
         for question, outcome in zip(questions, drawn, strict=True):
             if isinstance(outcome, Exception):
                 self._fail(question, reply_to(outcome))
             else:
-                self._attempt(question, partial(self._accept, outcome))
+                self._attempt(question, partial(self._take, outcome))
+        if self._decoder is None:
+            self._tell()
 
-    def _accept(self, token: int, question: Question) -> None:
+    def _take(self, token: int, question: Question) -> None:
         before = question.num_tokens
-        delta = question.accept(token)
+        if question.take(token):
+            self._untold.append(question)
         if question.num_tokens > before == 0:
             self.metrics.first_token_seconds.observe(time.perf_counter() - question.submitted_s)
         self.metrics.tokens.inc(question.num_tokens - before)
-        self._emit(question, delta)
+
+    def _tell(self) -> None:
+        """Lets the clients know of the tokens that were drawn last: where there is a decoder, once it has been asked
+        for the next ones, so that it need not wait for text to be made and sent. One of those too many is dropped."""
+        untold, self._untold = self._untold, []
+        for question in untold:
+            self._attempt(question, lambda question: self._emit(question, question.tell()))
 
     def _attempt(self, question: Question, work: Callable[[Question], None]) -> None:
         """Does one question's work, and lets its errors end that question alone."""

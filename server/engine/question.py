@@ -31,7 +31,7 @@ from server.models.base import Row, Step, VideoModel
 
 
 class Phase(enum.Enum):
-    """Where a question stands. From LOADING to DECODE it holds one of the slots."""
+    """Where a question stands. From LOADING to TELL it holds one of the slots."""
 
     WAITING = enum.auto()  # a video of it is being prefilled
     QUEUED = enum.auto()  # for a slot
@@ -40,6 +40,7 @@ class Phase(enum.Enum):
     RELOADING = enum.auto()  # the selected L-KVs come from the store
     PREFILL = enum.auto()
     DECODE = enum.auto()
+    TELL = enum.auto()  # no token is to be drawn any more
     ENDED = enum.auto()
 
     @property
@@ -235,22 +236,27 @@ class Question:
         temperature, seed = self.sampler.on_device or (0.0, 0)
         return Step(self._last_token, self.cache, temperature, seed)
 
-    def accept(self, token: int) -> Delta:
-        """Takes the token drawn for :meth:`row`; what the client gets to see of it, and the end if this was it.
-
-        A token drawn amid the prompt means nothing.
-        """
+    def take(self, token: int) -> bool:
+        """Takes the token drawn for :meth:`row`; whether there is something to :meth:`tell` of it. One drawn amid the
+        prompt means nothing."""
         if self.phase is Phase.PREFILL:
             self._prompt.advance()
             if not self._prompt.ended:
-                return Delta()
+                return False
             self._ms["prefill"] = self._lap()
             self.phase = Phase.DECODE
-        if token in self._model.end_ids and not self.request.params.ignore_eos:
-            return self.finish("stop")
         self._last_token = token
-        self.num_tokens += 1
-        text = self._stops.push(self._detokenizer.push(token))
+        if not self._at_end:
+            self.num_tokens += 1
+        if self._at_end or self.num_tokens >= self._max_tokens:
+            self.phase = Phase.TELL
+        return True
+
+    def tell(self) -> Delta:
+        """What the client gets to see of the token that was taken last, and the end if this was it."""
+        if self._at_end:
+            return self.finish("stop")
+        text = self._stops.push(self._detokenizer.push(self._last_token))
         if self._stops.met:
             return self.finish("stop", text)
         if self.num_tokens >= self._max_tokens:
@@ -260,7 +266,7 @@ class Question:
     def finish(self, reason: FinishReason, text: str = "") -> Delta:
         """The final delta, with ``text`` and whatever was held back."""
         text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-        if self.phase is Phase.DECODE:
+        if self.phase in (Phase.DECODE, Phase.TELL):
             self._ms["decode"] = self._lap()
         return Delta(text, "stop" if self._stops.met else reason, self._outcome())
 
@@ -272,6 +278,11 @@ class Question:
         for lease in self.leases:
             lease.release()
         self.leases = ()
+
+    @property
+    def _at_end(self) -> bool:
+        """Whether the token taken last ends the answer."""
+        return self._last_token in self._model.end_ids and not self.request.params.ignore_eos
 
     @property
     def _placed(self) -> list[Placed]:

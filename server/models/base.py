@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -103,9 +103,10 @@ class Step:
 class StepDecoder(Protocol):
     """Decodes one token a row by other means than :meth:`VideoModel.forward`, which cost less on a GPU."""
 
-    def step(self, rows: Sequence[Step]) -> tuple[list[int], Tensor]:
+    def step(self, rows: Sequence[Step], meanwhile: Callable[[], None] = lambda: None) -> tuple[list[int], Tensor]:
         """Appends every row's token to its cache and draws the next ones; they come with the logits [rows, vocab] that
-        they were drawn from (perturbed where there is a temperature), which are good until the next step."""
+        they were drawn from (perturbed where there is a temperature), which are good until the next step.
+        ``meanwhile`` is called once the device has been asked for them, before they are waited for."""
 
 
 class Prefill(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -88,13 +88,13 @@ class Decoding:
                         self._run(_Shape(num_tiles * tile, num_items, tile, traced=True))
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Step]) -> tuple[list[int], Tensor]:
-        """Appends every row's token to its cache and draws the next ones; they come with the logits [rows, vocab] that
-        they were drawn from (perturbed where there is a temperature), which are good until the next step."""
+    def step(self, rows: Sequence[Step], meanwhile: Callable[[], None] = lambda: None) -> tuple[list[int], Tensor]:
+        """As StepDecoder has it."""
         for row in rows:
             row.cache.reserve(1)
         self._fill([[_Row(row.cache, 0, row.token, row.seed, row.temperature)] for row in rows], 1)
         self._run(self._shape(len(rows), 1))
+        meanwhile()
         chosen: list[int] = self._tokens[: len(rows)].tolist()  # the one wait for the device
         for row in rows:
             row.cache.advance(1)

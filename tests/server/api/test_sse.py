@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,7 +10,14 @@ from server.api import sse
 
 
 def test_an_event_is_one_line_of_json() -> None:
-    assert sse.event({"text": "a\nb ü\u2028"}) == 'data: {"text":"a\\nb ü\u2028"}\n\n'.encode()
+    assert sse.event({"text": "a\nb ü"}) == 'data: {"text":"a\\nb ü"}\n\n'.encode()
+
+
+def test_no_client_takes_a_character_for_the_end_of_a_line() -> None:
+    text = "a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g"
+    sent = sse.event({"text": text})
+    assert sent.decode().splitlines() == [sent.decode().rstrip("\n"), ""]
+    assert json.loads(sent.removeprefix(b"data: ")) == {"text": text}
 
 
 def test_silence_is_filled_with_comments() -> None:

@@ -91,8 +91,9 @@ class PlainSteps:
         self._worst_token = worst_token
         self.batches: list[list[Step]] = []
 
-    def step(self, rows: Sequence[Step]) -> tuple[list[int], torch.Tensor]:
+    def step(self, rows: Sequence[Step], meanwhile: Callable[[], None]) -> tuple[list[int], torch.Tensor]:
         self.batches.append(list(rows))
+        meanwhile()
         if any(row.cache.num_mixed == self._worst_token for row in rows):
             raise RuntimeError("out of memory")
         logits = self._model.forward([Row(torch.tensor([row.token]), row.cache) for row in rows])
@@ -119,6 +120,52 @@ def test_a_step_decoder_takes_what_decodes(
     warm = driver.start(records[0], temperature=0.7, seed=11).wait()
     assert warm.error is None
     assert {(row.temperature, row.seed) for row in steps.batches[-1]} == {(0.7, 11)}
+
+
+def test_clients_know_of_a_token_while_the_next_one_is_computed(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip
+) -> None:
+    model = fresh_model()
+    plain = drive(model=model, share_kvs=True)
+    record = plain.upload(four_chunks)
+    expected = plain.ask(record)
+    num_drawn = expected.outcome.completion_tokens
+    told: list[tuple[int, int]] = []
+
+    class Watched(PlainSteps):
+        def step(self, rows: Sequence[Step], meanwhile: Callable[[], None]) -> tuple[list[int], torch.Tensor]:
+            before = len(answer.deltas)
+            drawn = super().step(rows, meanwhile)
+            told.append((before, len(answer.deltas)))
+            return drawn
+
+    steps = Watched(model)
+    model.step_decoder = lambda max_rows: steps  # type: ignore[method-assign]
+    driver = drive(plain.store, model=model, share_kvs=True)
+    with driver.held():
+        answer = driver.start(record)
+    assert answer.wait().text == expected.text and len(told) == num_drawn - 1
+    assert [0, *(after for _, after in told[:-1])] == [before for before, _ in told], "nothing between two steps"
+    assert told[-1][1] == len(answer.deltas) - 1
+    # A stop string is found when the token behind it is on its way, which nobody gets to know of.
+    stop = expected.text[len(expected.text) // 2 :][:2]
+    like = plain.ask(record, stop=(stop,))
+    with driver.held():
+        answer = driver.start(record, stop=(stop,))
+    assert answer.wait().text == like.text and answer.finish_reason == like.finish_reason == "stop"
+    assert answer.outcome.completion_tokens == like.outcome.completion_tokens < num_drawn
+    # So is the end of an answer by itself.
+    said = [batch[0].token for batch in steps.batches[: num_drawn - 1]]
+    model.end_ids = frozenset(said[-1:]) - frozenset(said[:-1])
+    assert model.end_ids
+    like = plain.ask(record)
+    with driver.held():
+        answer = driver.start(record)
+    assert answer.wait().text == like.text and answer.finish_reason == like.finish_reason == "stop"
+    assert answer.outcome.completion_tokens == like.outcome.completion_tokens == num_drawn - 2
+    assert driver.ask(record, "Again?").error is None
+    driver.engine._pool.check_integrity()
+    assert driver.engine._pool.num_leases == 0 and driver.engine.num_in_flight == 0
 
 
 def test_questions_that_come_together_are_scored_together(
