@@ -22,7 +22,7 @@ from server.api.context import Services
 from server.api.middleware import Auth, BodyLimit, CountRequests, RequestId
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.fit import check_budgets
+from server.engine.fit import check_budgets, default_resident_nbytes
 from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
 from server.engine.uploads import Uploads
@@ -74,7 +74,7 @@ def open_backend(settings: Settings) -> Backend:
         store.close()
         raise
     spool = Spool()
-    options = _engine_options(settings, spool)
+    options = _engine_options(settings, spool, model)
     backend = Backend(model, store, Engine(model, store, options), spool)
     try:
         check_budgets(model, options)
@@ -148,7 +148,7 @@ def _middleware(settings: Settings, metrics: EngineMetrics) -> list[Middleware]:
     return [Middleware(RequestId), *stack]
 
 
-def _engine_options(settings: Settings, spool: Spool) -> EngineOptions:
+def _engine_options(settings: Settings, spool: Spool, model: VideoModel) -> EngineOptions:
     return EngineOptions(
         spool=spool.folder,
         max_batch=settings.max_batch,
@@ -159,7 +159,7 @@ def _engine_options(settings: Settings, spool: Spool) -> EngineOptions:
         keep_video=settings.keep_video,
         low_precision="exact" if settings.kv_dtype == "auto" else settings.kv_dtype,
         store_quota_bytes=settings.store_quota_bytes,
-        resident_nbytes=settings.gpu_kv_budget,
+        resident_nbytes=settings.gpu_kv_budget or default_resident_nbytes(model.device),
         shared_low_nbytes=settings.gpu_low_kv_budget,
         prefetch_nbytes=settings.gpu_prefetch_budget,
         limits=VideoLimits(

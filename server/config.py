@@ -56,7 +56,11 @@ class Settings(BaseSettings):
     kv_dtype: Literal["auto", "int8"] = Field("auto", description="Detailed KVs as the model makes them, or as int8.")
     store_quota_bytes: ByteSize = Field(ByteSize(20 * 10**9), ge=0, description="Least recently used videos go above.")
     keep_video: bool = Field(True, description="Keep the uploaded files' bytes in the store.")
-    gpu_kv_budget: ByteSize = Field(ByteSize(2 * 2**30), ge=1, description="Room for KVs on the device.")
+    gpu_kv_budget: ByteSize | None = Field(
+        None,
+        ge=1,
+        description="Room for small KVs on the device; default 2GiB, on a GPU an eighth of what is free if more.",
+    )
     gpu_low_kv_budget: ByteSize = Field(
         ByteSize(2 * 2**30), ge=0, description="Room on a GPU for the detailed KVs that were re-loaded last."
     )

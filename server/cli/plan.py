@@ -10,22 +10,26 @@ from torch import nn
 from kvstore.open import without_password
 from server.config import Settings
 from server.engine.fit import longest_in_memory
+from server.engine.options import EngineOptions
 from server.models.base import TYPICAL_PIXELS, ModelSpec, VideoModel
 
 _ALIKE = "both ratios are the same, so re-loading chunks gains nothing (--low-ratio, --high-ratio)"
 
 
-def plan(settings: Settings, model: VideoModel, memory_nbytes: int | None = None) -> dict[str, str]:
-    """What the server will do, before it does it; a prefill may remember ``memory_nbytes`` on the device."""
+def plan(settings: Settings, model: VideoModel, options: EngineOptions) -> dict[str, str]:
+    """What the server will do, before it does it."""
     spec = model.spec
     # A model keeps its modules as attributes; the contract asks for none in particular.
     modules = [value for value in vars(model).values() if isinstance(value, nn.Module)]
     num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
     token_nbytes = model.token_nbytes
-    low_mb, high_mb = (nbytes / 1e6 for nbytes in _hour_nbytes(settings, spec, token_nbytes))
+    low_nbytes, high_nbytes = _hour_nbytes(settings, spec, token_nbytes)
+    rooms = {"in the store (--store-quota-bytes)": settings.store_quota_bytes / (low_nbytes + high_nbytes)}
+    if options.resident_nbytes is not None:
+        rooms = {"on the device (--gpu-kv-budget)": options.resident_nbytes / high_nbytes} | rooms
     chunk_s = spec.frames_per_chunk / spec.fps
     reload = spec.default_reload if settings.reload is None else settings.reload
-    longest = longest_videos(settings, model, memory_nbytes)
+    longest = longest_videos(settings, model, options.prefill_nbytes)
     modes = [f"{mode} up to {timedelta(seconds=int(most_s))}" for mode, most_s in longest]
     served = f" as {settings.served_model_name}" if settings.served_model_name else ""
     lines = {
@@ -37,7 +41,8 @@ def plan(settings: Settings, model: VideoModel, memory_nbytes: int | None = None
         "ratios": f"{spec.low_ratio} (detailed) and {spec.high_ratio} (small), re-load {reload} chunks",
         "compressor": getattr(getattr(model, "compression", None), "compressor", ""),  # only one-pass models have one
         "KV": f"{token_nbytes / 1024:g} KiB a token",
-        "size": f"{low_mb:.1f} MB (detailed) and {high_mb:.1f} MB (small) of KVs per video-hour",
+        "size": f"{low_nbytes / 1e6:.1f} MB (detailed) and {high_nbytes / 1e6:.1f} MB (small) of KVs per video-hour",
+        "room": ", ".join(f"{hours:.3g} video-hours {where}" for where, hours in rooms.items()),
         "access": f"{len(settings.api_key)} API keys" if settings.api_key else "no API key",
         "warning": _ALIKE if spec.low_ratio == spec.high_ratio else "",
     }

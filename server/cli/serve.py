@@ -39,7 +39,7 @@ def serve(**options: Any) -> None:
     try:
         server = Server(settings, backend)
         for name, value in (
-            plan(settings, backend.model, backend.engine.prefill_nbytes) | {"address": server.address}
+            plan(settings, backend.model, backend.engine.options) | {"address": server.address}
         ).items():
             print(f"{name:10} {value}", flush=True)
         server.serve_forever()

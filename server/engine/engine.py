@@ -129,9 +129,9 @@ class Engine:
         self._lane = Lane(model.device, self.metrics.prefilled)
 
     @property
-    def prefill_nbytes(self) -> int | None:
-        """What a prefill may remember on the device; None: no bound."""
-        return self._options.prefill_nbytes
+    def options(self) -> EngineOptions:
+        """With what was left to the engine filled in."""
+        return self._options
 
     @property
     def ready(self) -> bool:

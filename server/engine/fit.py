@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 
+import torch
+
 from compression.chunk import Chunk
 from server.engine.options import EngineOptions
 from server.models.base import TYPICAL_PIXELS, VideoModel
 from server.video.errors import VideoTooLarge
 from server.video.reader import Sampling, VideoInfo
 
+_RESIDENT_NBYTES, _RESIDENT_SHARE = 2 << 30, 8
+"""H-KVs on the device; of what is free, the part that is."""
 _MOST_CHUNKS = 1_000_000
 """Where no bound is met, this is long enough."""
 
@@ -64,6 +68,13 @@ def longest_in_memory(model: VideoModel, mode: str, memory_nbytes: int | None) -
 
     most = _MOST_CHUNKS if memory_nbytes is None else bisect_right(range(_MOST_CHUNKS), memory_nbytes, lo=1, key=nbytes)
     return (most - 1) * size
+
+
+def default_resident_nbytes(device: torch.device) -> int:
+    """Room for H-KVs where nobody says otherwise, once the model is on ``device``."""
+    if device.type != "cuda":
+        return _RESIDENT_NBYTES
+    return max(_RESIDENT_NBYTES, torch.cuda.mem_get_info(device)[0] // _RESIDENT_SHARE)
 
 
 def least_resident_nbytes(model: VideoModel, info: VideoInfo) -> int:

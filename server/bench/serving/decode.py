@@ -66,7 +66,10 @@ def measure_decode(
             tick()
         elif (num_tokens := 2 * num_tokens) > _MOST_TOKENS:
             raise ServerError(f"{batch} streams over {kv_tokens} KV tokens were never all decoding: {_story(answers)}")
-    return summarize(windows, batch, sum(answer.x2l["kv_tokens"]["mixed"] for answer in answers), floor)
+    num_videos = min(batch, len(picked))
+    return {"videos": num_videos} | summarize(
+        windows, batch, sum(answer.x2l["kv_tokens"]["mixed"] for answer in answers), floor
+    )
 
 
 def pick(videos: Sequence[UploadedVideo], kv_tokens: int) -> Sequence[UploadedVideo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tiny_transformers import save_qwen2_5_vl
 from server.app import open_backend
 from server.cli.plan import longest_videos, plan
 from server.config import Settings
+from server.engine.fit import default_resident_nbytes
+from server.engine.options import EngineOptions
 from server.models.registry import load_model
 
 
@@ -44,22 +47,32 @@ def test_the_plan_tells_whose_limit_it_is() -> None:
         (Settings(max_duration_s=600), "exact up to 0:10:00, as --max-duration-s says"),
         (Settings(max_frames=50), "exact up to 0:00:50, as --max-frames says"),
     ):
-        assert plan(settings, model)["prefill"] == words
+        assert plan(settings, model, EngineOptions())["prefill"] == words
 
 
 def test_the_plan_names_the_compressor_where_there_is_one(tmp_path: Path) -> None:
     save_qwen2_5_vl(tmp_path)
     chosen = load_model(str(tmp_path), device="cpu", compressor="keydiff")
-    assert plan(Settings(), chosen)["compressor"] == "keydiff"
-    assert plan(Settings(), load_model(str(tmp_path), device="cpu"))["compressor"] == "stride"
-    assert "compressor" not in plan(Settings(), load_model("tiny", device="cpu"))
+    assert plan(Settings(), chosen, EngineOptions())["compressor"] == "keydiff"
+    assert plan(Settings(), load_model(str(tmp_path), device="cpu"), EngineOptions())["compressor"] == "stride"
+    assert "compressor" not in plan(Settings(), load_model("tiny", device="cpu"), EngineOptions())
+
+
+def test_how_many_hours_have_room() -> None:
+    model = load_model("tiny", device="cpu")
+    hour_nbytes = 3600 * model.spec.tokens_per_frame * model.token_nbytes
+    low_nbytes, high_nbytes = hour_nbytes // model.spec.low_ratio, hour_nbytes // model.spec.high_ratio
+    settings = Settings(store_quota_bytes=3 * (low_nbytes + high_nbytes))
+    told = plan(settings, model, EngineOptions(resident_nbytes=5 * high_nbytes))["room"]
+    assert told == "5 video-hours on the device (--gpu-kv-budget), 3 video-hours in the store (--store-quota-bytes)"
+    with contextlib.closing(open_backend(Settings(store="memory://", device="cpu"))) as backend:
+        assert backend.engine.options.resident_nbytes == default_resident_nbytes(model.device) == 2 << 30
 
 
 def test_levels_that_are_alike_are_warned_of() -> None:
-    assert (
-        "re-loading chunks gains nothing" in plan(Settings(), load_model("tiny", low_ratio=2, high_ratio=2))["warning"]
-    )
-    assert "warning" not in plan(Settings(), load_model("tiny"))
+    alike = load_model("tiny", low_ratio=2, high_ratio=2)
+    assert "re-loading chunks gains nothing" in plan(Settings(), alike, EngineOptions())["warning"]
+    assert "warning" not in plan(Settings(), load_model("tiny"), EngineOptions())
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])

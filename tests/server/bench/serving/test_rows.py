@@ -74,7 +74,8 @@ def test_the_table_says_what_is_met():
         "language_share_of_matmul": 0.5,
         "vision_frames_per_s": 100.0,
         "vision_share_of_matmul": 0.25,
-        "decode_frames_per_s": 90.0,
+        "language_frames_per_s": 25.0,
+        "decode_frames_per_s": 19.0,
     }
     load = {"questions": 8, "videos": 2, "failures": 0, "tokens_per_s": 80.0, "floor_tokens_per_s": 400.0}
     rows = make_table(
@@ -104,7 +105,8 @@ def test_the_table_says_what_is_met():
     decode = [row for row in rows if row.name.startswith("decode")]
     assert [row.met for row in decode] == [False, None] and "only 1 rows in a pass" in decode[1].name
     assert by_name["language model's part"].floor == 100.0 and by_name["language model's part"].met
-    assert by_name["decoding"].met is False and by_name["its last tenth / its first"].met is False
+    assert by_name["decoding"].met is False and by_name["decoding"].target.endswith("(20)")
+    assert by_name["its last tenth / its first"].met is False
     assert by_name["resident KVs, against 1/32 of all"].met
     assert by_name["8 questions at once, 2 videos: failures"].met
     assert by_name["that / one at a time (20)"].met is False
