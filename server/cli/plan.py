@@ -24,7 +24,9 @@ def plan(settings: Settings, model: VideoModel, options: EngineOptions) -> dict[
     num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
     token_nbytes = model.token_nbytes
     low_nbytes, high_nbytes = _hour_nbytes(settings, spec, token_nbytes)
-    rooms = {"in the store (--store-quota-bytes)": settings.store_quota_bytes / (low_nbytes + high_nbytes)}
+    rooms = {
+        "in the store, kept files apart (--store-quota-bytes)": settings.store_quota_bytes / (low_nbytes + high_nbytes)
+    }
     if options.resident_nbytes is not None:
         rooms = {"on the device (--gpu-kv-budget)": options.resident_nbytes / high_nbytes} | rooms
     chunk_s = spec.frames_per_chunk / spec.fps
@@ -42,11 +44,16 @@ def plan(settings: Settings, model: VideoModel, options: EngineOptions) -> dict[
         "compressor": getattr(getattr(model, "compression", None), "compressor", ""),  # only one-pass models have one
         "KV": f"{token_nbytes / 1024:g} KiB a token",
         "size": f"{low_nbytes / 1e6:.1f} MB (detailed) and {high_nbytes / 1e6:.1f} MB (small) of KVs per video-hour",
-        "room": ", ".join(f"{hours:.3g} video-hours {where}" for where, hours in rooms.items()),
+        "room": "KVs of about " + ", ".join(f"{_length(hours)} {where}" for where, hours in rooms.items()),
         "access": f"{len(settings.api_key)} API keys" if settings.api_key else "no API key",
         "warning": _ALIKE if spec.low_ratio == spec.high_ratio else "",
     }
     return {name: value for name, value in lines.items() if value}
+
+
+def _length(hours: float) -> str:
+    """Of video, as people say it."""
+    return f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:.1f} hours" if hours < 100 else f"{hours:,.0f} hours"
 
 
 def longest_videos(

@@ -18,14 +18,12 @@ def draw(
 ) -> list[int | Exception]:
     """The next token of every question, drawn in one pass, or two where there is a ``decoder``: it takes those that
     decode. If a pass fails its questions are tried one by one, and in the place of the guilty one's token stands its
-    error. ``meanwhile`` is called once or more, while a decoder's step is computed if there is one."""
+    error. ``meanwhile`` is called while a decoder's step is computed, if there is one."""
     decoding = [q for q in questions if q.phase is Phase.DECODE] if decoder is not None else []
     others = [question for question in questions if question not in decoding]
     drawn: dict[str, int | Exception] = {}
     if decoder is not None and decoding:
         drawn |= _attempt(decoding, lambda some: _step(decoder, some, meanwhile))
-    else:
-        meanwhile()
     if others:
         drawn |= _attempt(others, lambda some: _forward(model, some))
     return [drawn[question.id] for question in questions]

@@ -214,10 +214,10 @@ class Engine:
     def step(self) -> bool:
         """One round: questions, all in one forward pass, and slices of an upload's prefill; whether there was anything
         to do."""
-        self._fill_slots()
-        plan = self._scheduler.plan()
-        if plan.scored or not plan.rows:
-            self._tell()
+        plan = self._plan()
+        if self._untold and (plan.scored or not plan.decodes):
+            self._tell()  # there is no step to do it beside
+            plan = self._plan()  # without those that have ended, and with those that they made room for
         if plan.scored:
             self._score(plan.scored)
         if plan.rows:
@@ -247,6 +247,7 @@ class Engine:
                             self._inbox.get_nowait()()
                     self._reads.expire()
                     self._reloads.read_ahead()
+                self._tell()
         except Exception:
             _log.exception("the engine has failed")
             error = ShuttingDown("the engine has failed")
@@ -261,9 +262,10 @@ class Engine:
         if question.phase is not Phase.ENDED:  # cancelled before it came in
             self._scheduler.add(question)
 
-    def _fill_slots(self) -> None:
+    def _plan(self) -> Plan:
         while question := self._scheduler.next_for_slot():
             self._attempt(question, self._begin)
+        return self._scheduler.plan()
 
     def _begin(self, question: Question) -> None:
         """Gives a question a slot, or lets it wait for its videos without one."""
@@ -355,6 +357,7 @@ class Engine:
         begin_s = time.perf_counter()
         drawn = draw(self._model, self._decoder, questions, self._tell)
         self.metrics.passed(kind, len(questions), time.perf_counter() - begin_s)
+        self._tell()  # unless that was done beside a step
         for question, outcome in zip(questions, drawn, strict=True):
             if isinstance(outcome, Exception):
                 self._fail(question, reply_to(outcome))

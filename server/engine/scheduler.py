@@ -22,6 +22,11 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.scored or self.rows)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether some of the rows do."""
+        return any(question.phase is Phase.DECODE for question in self.rows)
+
 
 class Scheduler:
     """The policy. Questions take a slot in order of arrival, and uploads take turns chunk by chunk.

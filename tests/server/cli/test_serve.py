@@ -64,7 +64,10 @@ def test_how_many_hours_have_room() -> None:
     low_nbytes, high_nbytes = hour_nbytes // model.spec.low_ratio, hour_nbytes // model.spec.high_ratio
     settings = Settings(store_quota_bytes=3 * (low_nbytes + high_nbytes))
     told = plan(settings, model, EngineOptions(resident_nbytes=5 * high_nbytes))["room"]
-    assert told == "5 video-hours on the device (--gpu-kv-budget), 3 video-hours in the store (--store-quota-bytes)"
+    in_store = "in the store, kept files apart (--store-quota-bytes)"
+    assert told == f"KVs of about 5.0 hours on the device (--gpu-kv-budget), 3.0 hours {in_store}"
+    for budget_nbytes, words in ((high_nbytes // 2, "30 minutes"), (2000 * high_nbytes, "2,000 hours")):
+        assert f"about {words} on" in plan(settings, model, EngineOptions(resident_nbytes=budget_nbytes))["room"]
     with contextlib.closing(open_backend(Settings(store="memory://", device="cpu"))) as backend:
         assert backend.engine.options.resident_nbytes == default_resident_nbytes(model.device) == 2 << 30
 

@@ -13,6 +13,8 @@ from compression.score import QueryTrace
 from compression.segments import SharedCache
 from compression.select import Dial
 from kvstore.memory import MemoryStore
+from server.engine import engine
+from server.engine.question import Phase
 from server.models.base import Row, Step
 from server.models.videoxl.model import VideoXL
 
@@ -166,6 +168,64 @@ def test_clients_know_of_a_token_while_the_next_one_is_computed(
     assert driver.ask(record, "Again?").error is None
     driver.engine._pool.check_integrity()
     assert driver.engine._pool.num_leases == 0 and driver.engine.num_in_flight == 0
+
+
+@pytest.mark.parametrize("wanting", ["a slot", "room"])
+def test_who_waits_comes_in_when_the_last_one_ends(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, two_chunks: Clip, wanting: str
+) -> None:
+    """Although its client gets to know of that when there is no step any more to do it beside."""
+    model = fresh_model()
+    plain = drive(model=model, share_kvs=True)
+    records = [plain.upload(four_chunks), plain.upload(two_chunks)]
+    expected = [plain.ask(record) for record in records]
+    largest = max(record.video.nbytes_high for record in map(plain.wait_processed, records))
+    room = largest + model.prefix().nbytes
+    model.step_decoder = lambda max_rows: PlainSteps(model)  # type: ignore[method-assign]
+    bounds = {"max_batch": 1} if wanting == "a slot" else {"resident_nbytes": room}
+    driver = drive(plain.store, model=model, share_kvs=True, **bounds)
+    for max_tokens in (1, 12):
+        with driver.held():
+            answers = [driver.start(record, max_tokens=max_tokens) for record in records]
+        for answer, like in zip(answers, expected, strict=True):
+            assert answer.wait().error is None and like.text.startswith(answer.text)
+    driver.engine._pool.check_integrity()
+    assert driver.engine._pool.num_leases == 0 and driver.engine.num_in_flight == 0
+
+
+def test_a_stop_string_that_is_found_before_a_score_ends_the_question_alone(
+    drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh_model()
+    plain = drive(model=model, share_kvs=True)
+    record = plain.upload(four_chunks)
+    text, like = plain.ask(None, "Hello?").text, plain.ask(record)
+    later: list[Any] = []
+
+    class Asking(PlainSteps):
+        def step(self, rows: Sequence[Step], meanwhile: Callable[[], None]) -> tuple[list[int], torch.Tensor]:
+            drawn = super().step(rows, meanwhile)
+            if len(self.batches) == 4:
+                later.append(driver.start(record))
+            return drawn
+
+    steps = Asking(model)
+    model.step_decoder = lambda max_rows: steps  # type: ignore[method-assign]
+    driver = drive(plain.store, model=model, share_kvs=True)
+    passes, draw = [], engine.draw
+    monkeypatch.setattr(
+        engine,
+        "draw",
+        lambda m, d, questions, meanwhile: (
+            passes.append([q.phase for q in questions]) or draw(m, d, questions, meanwhile)
+        ),
+    )
+    for size in range(1, len(text)):
+        steps.batches.clear()
+        stopped = driver.ask(None, "Hello?", stop=(text[:size],))
+        assert stopped.error is None and text.startswith(stopped.text)
+    assert later and all(answer.wait().text == like.text for answer in later)
+    assert {phase for phases in passes for phase in phases} == {Phase.PREFILL, Phase.DECODE}
 
 
 def test_questions_that_come_together_are_scored_together(
