@@ -24,11 +24,12 @@ def plan(settings: Settings, model: VideoModel, options: EngineOptions) -> dict[
     num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
     token_nbytes = model.token_nbytes
     low_nbytes, high_nbytes = _hour_nbytes(settings, spec, token_nbytes)
-    rooms = {
-        "in the store, kept files apart (--store-quota-bytes)": settings.store_quota_bytes / (low_nbytes + high_nbytes)
-    }
+    rooms: dict[str, float] = {}
     if options.resident_nbytes is not None:
-        rooms = {"on the device (--gpu-kv-budget)": options.resident_nbytes / high_nbytes} | rooms
+        rooms["on the device (--gpu-kv-budget)"] = options.resident_nbytes / high_nbytes
+    rooms["in the store, kept files apart (--store-quota-bytes)"] = settings.store_quota_bytes / (
+        low_nbytes + high_nbytes
+    )
     chunk_s = spec.frames_per_chunk / spec.fps
     reload = spec.default_reload if settings.reload is None else settings.reload
     longest = longest_videos(settings, model, options.prefill_nbytes)
