@@ -72,7 +72,7 @@ def test_leaves_nothing_open(redis_url):
     store.delete("a")
     store.close()
     store.close()
-    assert fds() == before
+    assert fds() <= before  # what earlier tests left may close meanwhile
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("x2l-redis")]
 
 
@@ -84,7 +84,7 @@ def test_a_wrong_password_is_told_at_once(redis_server, password, option):
     with pytest.raises(InvalidStoreURL, match="refuses the user or password") as caught:
         open_store(f"redis://{password}127.0.0.1:{redis_server.port}{option}", wait_s=60)
     assert "wrong" not in str(caught.value)
-    assert fds() == before
+    assert fds() <= before  # what earlier tests left may close meanwhile
 
 
 @pytest.mark.parametrize("option", ["", "?cluster=true"])
