@@ -25,6 +25,7 @@ from kvstore.video import VideoStore
 from server.engine.batch import draw, trace
 from server.engine.caches import Caches, Copies, Shares
 from server.engine.errors import Cancelled, FileNotFound, QueueFull, ShuttingDown, reply_to
+from server.engine.fit import free_nbytes
 from server.engine.lane import Lane
 from server.engine.library import Library
 from server.engine.metrics import EngineMetrics, PassKind
@@ -40,9 +41,6 @@ from server.models.base import VideoModel
 from server.video.frames import Frames
 
 _log = logging.getLogger(__name__)
-
-_COMPUTING = 0.1
-"""Of a GPU's memory: for passes, and for the caches of questions."""
 
 
 class Engine:
@@ -63,7 +61,7 @@ class Engine:
         self._caches: Caches = Shares(model, options.shared_low_nbytes) if share else Copies(model)
         self._decoder = model.step_decoder(options.max_batch)
         if options.prefill_nbytes is None:
-            options = self._options = replace(options, prefill_nbytes=_free_nbytes(model.device, options))
+            options = self._options = replace(options, prefill_nbytes=free_nbytes(model.device, options))
         self._pool = ResidentPool(options.resident_nbytes, self._caches.resident)
         self._writers = ThreadPoolExecutor(options.writer_threads, "x2l-write")
         self._scheduler = Scheduler(
@@ -415,13 +413,3 @@ class Engine:
             if not self._in_flight:
                 self._idle.set()
         self._residency.retry()
-
-
-def _free_nbytes(device: torch.device, options: EngineOptions) -> int | None:
-    """What a prefill may remember on a GPU, beside the KVs that are kept for questions and what is computed with."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    kept = (options.resident_nbytes or 0) + options.shared_low_nbytes + options.prefetch_nbytes
-    return max(0, free - kept - int(_COMPUTING * total))

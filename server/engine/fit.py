@@ -15,6 +15,8 @@ from server.video.reader import Sampling, VideoInfo
 
 _RESIDENT_NBYTES, _RESIDENT_SHARE = 2 << 30, 8
 """H-KVs on the device; of what is free, the part that is."""
+_COMPUTING = 0.1
+"""Of a GPU's memory: for passes, and for the caches of questions."""
 _MOST_CHUNKS = 1_000_000
 """Where no bound is met, this is long enough."""
 
@@ -75,6 +77,16 @@ def default_resident_nbytes(device: torch.device) -> int:
     if device.type != "cuda":
         return _RESIDENT_NBYTES
     return max(_RESIDENT_NBYTES, torch.cuda.mem_get_info(device)[0] // _RESIDENT_SHARE)
+
+
+def free_nbytes(device: torch.device, options: EngineOptions) -> int | None:
+    """What a prefill may remember on a GPU, beside the KVs that are kept for questions and what is computed with."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    kept = (options.resident_nbytes or 0) + options.shared_low_nbytes + options.prefetch_nbytes
+    return max(0, free - kept - int(_COMPUTING * total))
 
 
 def least_resident_nbytes(model: VideoModel, info: VideoInfo) -> int:
