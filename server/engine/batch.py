@@ -6,26 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from compression.score import QueryTrace
-from server.engine.question import Phase, Question
+from server.engine.question import Question
 from server.engine.sampler import sample
-from server.models.base import StepDecoder, VideoModel
+from server.models.base import VideoModel
 
 Found = TypeVar("Found")
 
 
-def draw(
-    model: VideoModel, decoder: StepDecoder | None, questions: Sequence[Question], meanwhile: Callable[[], None]
-) -> list[int | Exception]:
-    """The next token of every question, drawn in one pass, or two where there is a ``decoder``: it takes those that
-    decode. If a pass fails its questions are tried one by one, and in the place of the guilty one's token stands its
-    error. ``meanwhile`` is called while a decoder's step is computed, if there is one."""
-    decoding = [q for q in questions if q.phase is Phase.DECODE] if decoder is not None else []
-    others = [question for question in questions if question not in decoding]
-    drawn: dict[str, int | Exception] = {}
-    if decoder is not None and decoding:
-        drawn |= _attempt(decoding, lambda some: _step(decoder, some, meanwhile))
-    if others:
-        drawn |= _attempt(others, lambda some: _forward(model, some))
+def draw(model: VideoModel, questions: Sequence[Question]) -> list[int | Exception]:
+    """The next token of every question, drawn in one pass. If it fails they are tried one by one, and in the place of
+    the guilty one's token stands its error."""
+    drawn = _attempt(questions, lambda some: _forward(model, some))
     return [drawn[question.id] for question in questions]
 
 
@@ -39,14 +30,6 @@ def trace(model: VideoModel, questions: Sequence[Question]) -> list[QueryTrace |
 
 def _forward(model: VideoModel, questions: Sequence[Question]) -> list[int]:
     return sample(model.forward([question.row() for question in questions]), [q.sampler for q in questions])
-
-
-def _step(decoder: StepDecoder, questions: Sequence[Question], meanwhile: Callable[[], None]) -> list[int]:
-    tokens, logits = decoder.step([question.step() for question in questions], meanwhile)
-    for place, question in enumerate(questions):
-        if question.sampler.on_device is None:
-            tokens[place] = question.sampler.draw(logits[place].cpu())
-    return tokens
 
 
 def _attempt(

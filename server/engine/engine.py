@@ -36,6 +36,7 @@ from server.engine.reloads import Outcome, Reloads, Wanted
 from server.engine.request import Delta, Request
 from server.engine.residency import Residency
 from server.engine.scheduler import Plan, Scheduler
+from server.engine.steps import Steps
 from server.engine.transfer import Arrival
 from server.models.base import VideoModel
 from server.video.frames import Frames
@@ -59,7 +60,7 @@ class Engine:
         share = model.device.type == "cuda" if options.share_kvs is None else options.share_kvs
         share = share and not model.scorer.reads_chunks  # which the shared ones are not
         self._caches: Caches = Shares(model, options.shared_low_nbytes) if share else Copies(model)
-        self._decoder = model.step_decoder(options.max_batch)
+        decoder = model.step_decoder(options.max_batch)
         if options.prefill_nbytes is None:
             options = self._options = replace(options, prefill_nbytes=free_nbytes(model.device, options))
         self._pool = ResidentPool(options.resident_nbytes, self._caches.resident)
@@ -68,10 +69,8 @@ class Engine:
             max_batch=options.max_batch,
             prefill_share=options.prefill_share,
             # Without, a pass over several prompts takes as long as one pass after the other.
-            score_tokens=options.prompt_step if self._decoder is not None else 0,
+            score_tokens=options.prompt_step if decoder is not None else 0,
         )
-        self._untold: list[Question] = []
-        """With a token that their clients do not know of yet."""
         self._lap_s = 0.0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reads = Reads(options.reader_threads, self._inbox.put)
@@ -125,6 +124,7 @@ class Engine:
             repair=self.library.repair,
         )
         self._lane = Lane(model.device, self.metrics.prefilled)
+        self._steps = None if decoder is None else Steps(decoder, partial(self.metrics.passed, "decode"))
 
     @property
     def options(self) -> EngineOptions:
@@ -210,22 +210,22 @@ class Engine:
             self._inbox.put(partial(self._fail, question, Cancelled("the request was cancelled")))
 
     def step(self) -> bool:
-        """One round: questions, all in one forward pass, and slices of an upload's prefill; whether there was anything
-        to do."""
+        """One round: a token for whoever decodes, then scores and prompts, then slices of an upload's prefill; whether
+        there was anything to do."""
         plan = self._plan()
-        if self._untold and (plan.scored or not plan.decodes):
-            self._tell()  # there is no step to do it beside
-            plan = self._plan()  # without those that have ended, and with those that they made room for
+        if self._steps is not None:
+            for question, outcome in self._steps.turn(plan.decoding):
+                self._drawn(question, outcome)
         if plan.scored:
             self._score(plan.scored)
-        if plan.rows:
-            self._forward(plan.rows)
+        rows = plan.prompts if self._steps is not None else plan.prompts + plan.decoding
+        if rows:
+            self._forward(rows)
         self._account(plan)
         ingest, room_s = self._scheduler.prefill(plan)
         if ingest:
-            self._tell()
             self._lane.run(ingest, room_s)
-        return bool(plan or ingest)
+        return bool(plan or ingest or (self._steps is not None and self._steps.pending))
 
     # On the engine thread from here on, unless said otherwise.
 
@@ -245,7 +245,6 @@ class Engine:
                             self._inbox.get_nowait()()
                     self._reads.expire()
                     self._reloads.read_ahead()
-                self._tell()
         except Exception:
             _log.exception("the engine has failed")
             error = ShuttingDown("the engine has failed")
@@ -353,31 +352,24 @@ class Engine:
     def _forward(self, questions: list[Question]) -> None:
         kind: PassKind = "decode" if all(question.phase is Phase.DECODE for question in questions) else "prompt"
         begin_s = time.perf_counter()
-        drawn = draw(self._model, self._decoder, questions, self._tell)
+        drawn = draw(self._model, questions)
         self.metrics.passed(kind, len(questions), time.perf_counter() - begin_s)
-        self._tell()  # unless that was done beside a step
         for question, outcome in zip(questions, drawn, strict=True):
-            if isinstance(outcome, Exception):
-                self._fail(question, reply_to(outcome))
-            else:
-                self._attempt(question, partial(self._take, outcome))
-        if self._decoder is None:
-            self._tell()
+            self._drawn(question, outcome)
 
-    def _take(self, token: int, question: Question) -> None:
+    def _drawn(self, question: Question, outcome: int | Exception) -> None:
+        if isinstance(outcome, Exception):
+            self._fail(question, reply_to(outcome))
+        else:
+            self._attempt(question, partial(self._accept, outcome))
+
+    def _accept(self, token: int, question: Question) -> None:
         before = question.num_tokens
-        if question.take(token):
-            self._untold.append(question)
+        delta = question.accept(token)
         if question.num_tokens > before == 0:
             self.metrics.first_token_seconds.observe(time.perf_counter() - question.submitted_s)
         self.metrics.tokens.inc(question.num_tokens - before)
-
-    def _tell(self) -> None:
-        """Lets the clients know of the tokens that were drawn last: where there is a decoder, once it has been asked
-        for the next ones, so that it need not wait for text to be made and sent. One of those too many is dropped."""
-        untold, self._untold = self._untold, []
-        for question in untold:
-            self._attempt(question, lambda question: self._emit(question, question.tell()))
+        self._emit(question, delta)
 
     def _attempt(self, question: Question, work: Callable[[Question], None]) -> None:
         """Does one question's work, and lets its errors end that question alone."""

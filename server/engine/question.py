@@ -31,7 +31,7 @@ from server.models.base import Row, Step, VideoModel
 
 
 class Phase(enum.Enum):
-    """Where a question stands. From LOADING to TELL it holds one of the slots."""
+    """Where a question stands. From LOADING to DECODE it holds one of the slots."""
 
     WAITING = enum.auto()  # a video of it is being prefilled
     QUEUED = enum.auto()  # for a slot
@@ -40,7 +40,6 @@ class Phase(enum.Enum):
     RELOADING = enum.auto()  # the selected L-KVs come from the store
     PREFILL = enum.auto()
     DECODE = enum.auto()
-    TELL = enum.auto()  # no token is to be drawn any more
     ENDED = enum.auto()
 
     @property
@@ -94,6 +93,8 @@ class Question:
         self._degraded = False
         self._reload_nbytes = 0
         self._last_token = 0
+        self._num_asked = self._row = 0
+        """Tokens that steps draw and that are not known yet, and this question's row in the last of these steps."""
         self.num_tokens = 0
         """Drawn so far."""
         self._max_tokens = self._room(0)
@@ -233,30 +234,36 @@ class Question:
     def step(self) -> Step:
         """What it puts into the next step of a decoder, while it decodes."""
         assert self.cache is not None
-        temperature, seed = self.sampler.on_device or (0.0, 0)
-        return Step(self._last_token, self.cache, temperature, seed)
+        source = self._row if self._num_asked else None
+        return Step(self._last_token, self.cache, self.sampler.on_device, source)
 
-    def take(self, token: int) -> bool:
-        """Takes the token drawn for :meth:`row`; whether there is something to :meth:`tell` of it. One drawn amid the
-        prompt means nothing."""
+    def asked(self, row: int) -> None:
+        """Tells that the step was asked for, and which row of it this question has."""
+        self._num_asked, self._row = self._num_asked + 1, row
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether one more is to be drawn, behind those that are on their way."""
+        return self.phase is Phase.DECODE and self.num_tokens + self._num_asked < self._max_tokens
+
+    def accept(self, token: int) -> Delta:
+        """Takes the token drawn for :meth:`row` or :meth:`step`; what the client gets to see of it, and the end if this
+        was it.
+
+        A token drawn amid the prompt means nothing.
+        """
+        self._num_asked = max(0, self._num_asked - 1)
         if self.phase is Phase.PREFILL:
             self._prompt.advance()
             if not self._prompt.ended:
-                return False
+                return Delta()
             self._ms["prefill"] = self._lap()
             self.phase = Phase.DECODE
-        self._last_token = token
-        if not self._at_end:
-            self.num_tokens += 1
-        if self._at_end or self.num_tokens >= self._max_tokens:
-            self.phase = Phase.TELL
-        return True
-
-    def tell(self) -> Delta:
-        """What the client gets to see of the token that was taken last, and the end if this was it."""
-        if self._at_end:
+        if token in self._model.end_ids and not self.request.params.ignore_eos:
             return self.finish("stop")
-        text = self._stops.push(self._detokenizer.push(self._last_token))
+        self._last_token = token
+        self.num_tokens += 1
+        text = self._stops.push(self._detokenizer.push(token))
         if self._stops.met:
             return self.finish("stop", text)
         if self.num_tokens >= self._max_tokens:
@@ -266,7 +273,7 @@ class Question:
     def finish(self, reason: FinishReason, text: str = "") -> Delta:
         """The final delta, with ``text`` and whatever was held back."""
         text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-        if self.phase in (Phase.DECODE, Phase.TELL):
+        if self.phase is Phase.DECODE:
             self._ms["decode"] = self._lap()
         return Delta(text, "stop" if self._stops.met else reason, self._outcome())
 
@@ -278,11 +285,6 @@ class Question:
         for lease in self.leases:
             lease.release()
         self.leases = ()
-
-    @property
-    def _at_end(self) -> bool:
-        """Whether the token taken last ends the answer."""
-        return self._last_token in self._model.end_ids and not self.request.params.ignore_eos
 
     @property
     def _placed(self) -> list[Placed]:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from server.engine.request import SamplingParams
+from server.models.base import Draw
+from server.models.lm.truncation import dropped
 
 _COLDEST = 1e-3
-"""Below, logits in float32 may overflow."""
+"""Below, float32 cannot tell what else than the likeliest might be drawn."""
 _LARGEST_SEED = (1 << 63) - 1
 
 
@@ -26,13 +28,13 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     @property
-    def on_device(self) -> tuple[float, int] | None:
-        """Temperature and seed, if that is all that a draw depends on."""
+    def on_device(self) -> Draw:
+        """The same for a step that draws by itself."""
         params = self._params
         if self.greedy:
-            return 0.0, 0
-        plain = params.top_k == 0 and params.top_p >= 1 and params.temperature > _COLDEST
-        return (params.temperature, self._generator.initial_seed() & _LARGEST_SEED) if plain else None
+            return Draw()
+        seed = self._generator.initial_seed() & _LARGEST_SEED
+        return Draw(max(params.temperature, _COLDEST), seed, params.top_k, params.top_p)
 
     @property
     def greedy(self) -> bool:
@@ -42,15 +44,11 @@ class Sampler:
         """One token id from ``logits`` [vocab] float32 on the CPU: temperature, then top-k, then top-p (nucleus)."""
         params = self._params
         # float64: a tiny temperature must not overflow.
-        ordered, ids = (logits.double() / params.temperature).sort(descending=True, stable=True)
-        if params.top_k > 0:
-            ordered, ids = ordered[: params.top_k], ids[: params.top_k]
-        weights = ordered.softmax(-1)
-        if params.top_p < 1:
-            # A token stays while those before it do not reach top_p; the first always stays.
-            before = weights.cumsum(-1) - weights
-            weights = weights.where((before < params.top_p).index_fill_(0, torch.tensor([0]), True), 0)
-        return int(ids[torch.multinomial(weights, 1, generator=self._generator)])
+        scaled = logits.double() / params.temperature
+        if params.top_k > 0 or params.top_p < 1:
+            top_k, top_p = torch.tensor([params.top_k]), torch.tensor([params.top_p], dtype=torch.float64)
+            scaled = scaled.masked_fill(dropped(scaled[None], top_k, top_p)[0], -torch.inf)
+        return int(torch.multinomial(scaled.softmax(-1), 1, generator=self._generator))
 
 
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:

@@ -13,19 +13,15 @@ from server.engine.question import Phase, Question
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The questions' part of a step: ``scored`` are read for their scores, and ``rows`` go through one forward pass
-    together (prompts and decodes alike)."""
+    """The questions' part of a step: those that are ``scored``, those whose ``prompts`` are read, and those that are
+    ``decoding``."""
 
     scored: list[Question]
-    rows: list[Question]
+    prompts: list[Question]
+    decoding: list[Question]
 
     def __bool__(self) -> bool:
-        return bool(self.scored or self.rows)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether some of the rows do."""
-        return any(question.phase is Phase.DECODE for question in self.rows)
+        return bool(self.scored or self.prompts or self.decoding)
 
 
 class Scheduler:
@@ -84,8 +80,9 @@ class Scheduler:
         waiting = [question for question in questions if question.phase is Phase.SCORE]
         ends = accumulate(question.num_prompt_tokens for question in waiting)
         scored = [question for question, end in zip(waiting, ends, strict=True) if end <= self._score_tokens]
-        rows = [question for question in questions if question.phase in (Phase.PREFILL, Phase.DECODE)]
-        return Plan(scored or waiting[:1], rows)
+        prompts = [question for question in questions if question.phase is Phase.PREFILL]
+        decoding = [question for question in questions if question.phase is Phase.DECODE]
+        return Plan(scored or waiting[:1], prompts, decoding)
 
     def account(self, plan: Plan, questions_s: float, prefill_s: float) -> None:
         """Tells how long a step's questions took, and all the slices that have ended since the last step's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -90,23 +90,47 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """How a token is drawn from logits: the likeliest at ``temperature`` 0, otherwise from the softmax of what
+    ``top_k`` (0: all) and then ``top_p`` leave, as ``seed`` (int64) and the token's position make it."""
+
+    temperature: float = 0.0
+    seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens are left out beforehand."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One sequence of a decoding step: ``token``, drawn last, is appended to ``cache``. ``temperature`` 0 is greedy,
-    otherwise ``seed`` (int64) and the token's position make the draw."""
+    """One sequence of a decoding step: ``token`` is appended to ``cache``, ``draw`` tells how the next one is drawn.
+
+    With a ``source`` it is the token of that row of the step before instead, which need not be known yet.
+    """
 
     token: int
     cache: MixedCache
-    temperature: float = 0.0
-    seed: int = 0
+    draw: Draw = Draw()
+    source: int | None = None
+
+
+class Drawn(Protocol):
+    """Tokens of a decoding step that the device has been asked for."""
+
+    def wait(self) -> list[int]:
+        """One a row, once they are there."""
 
 
 class StepDecoder(Protocol):
     """Decodes one token a row by other means than :meth:`VideoModel.forward`, which cost less on a GPU."""
 
-    def step(self, rows: Sequence[Step], meanwhile: Callable[[], None] = lambda: None) -> tuple[list[int], Tensor]:
-        """Appends every row's token to its cache and draws the next ones; they come with the logits [rows, vocab] that
-        they were drawn from (perturbed where there is a temperature), which are good until the next step.
-        ``meanwhile`` is called once the device has been asked for them, before they are waited for."""
+    def step(self, rows: Sequence[Step]) -> Drawn:
+        """Asks the device to append every row's token to its cache and to draw the next ones, and does not wait. What
+        fails here leaves the caches as they were."""
 
 
 class Prefill(Protocol):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from compression.cache import KVCache
 from compression.mixed import MixedCache
-from server.models.base import Step
+from server.models.base import Draw, Step
+from server.models.device import asked_so_far
 from server.models.lm import kernels
 from server.models.lm.decoder import LanguageModel, LayerLike
 from server.models.lm.fused import Attend, FusedLayer, linear
 from server.models.lm.plan import LEAST_ITEMS, Mirror, Plan, Tile
+from server.models.lm.truncation import dropped
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Decoding:
         self._table = torch.stack(model.rope.tables(everywhere, self._dtype), dim=1)
         self.max_rows = 1 << (max_rows - 1).bit_length()
         most = max(self.max_rows, _PROMPT_ROWS)
-        # Ids, positions, lengths, seeds, temperatures; and which row is each prompt's last.
+        # The rows' fields; and which row is each prompt's last.
         self._state = Mirror((_Row.NUM_FIELDS + 1, most), self._device)
         self._plan = Plan(most, self._device)
         # What comes out. With results of its own each of the many graphs would keep as much memory.
@@ -88,17 +90,16 @@ class Decoding:
                         self._run(_Shape(num_tiles * tile, num_items, tile, traced=True))
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Step], meanwhile: Callable[[], None] = lambda: None) -> tuple[list[int], Tensor]:
+    def step(self, rows: Sequence[Step]) -> DrawnTokens:
         """As StepDecoder has it."""
         for row in rows:
             row.cache.reserve(1)
-        self._fill([[_Row(row.cache, 0, row.token, row.seed, row.temperature)] for row in rows], 1)
-        self._run(self._shape(len(rows), 1))
-        meanwhile()
-        chosen: list[int] = self._tokens[: len(rows)].tolist()  # the one wait for the device
+        self._fill([[_Row(row.cache, 0, row.token, row.source, row.draw)] for row in rows], 1)
+        self._run(self._shape(len(rows), 1, truncated=any(row.draw.truncated for row in rows)))
+        drawn = DrawnTokens(self._tokens[: len(rows)], self._logits[: len(rows)])
         for row in rows:
             row.cache.advance(1)
-        return chosen, self._logits[: len(rows)]
+        return drawn
 
     def takes(self, prompts: Sequence[tuple[Tensor, MixedCache]]) -> bool:
         """Whether prompts, all together, are better read here than in one piece."""
@@ -152,17 +153,16 @@ class Decoding:
         for rows in tiles:
             fields += [row.fields for row in rows]
             fields += [unused] * (rows_a_tile - len(rows))
-        state = self._state.writable()
-        state.zero_()
+        state = self._state.writable().zero_()
         if fields:
             state[: _Row.NUM_FIELDS, : len(fields)] = torch.tensor(fields, dtype=torch.int64).T
         if ends:
             state[_Row.NUM_FIELDS, : len(ends)] = torch.tensor(ends) - 1
         self._state.upload()
 
-    def _shape(self, num_rows: int, tile: int, *, traced: bool = False) -> _Shape:
+    def _shape(self, num_rows: int, tile: int, *, traced: bool = False, truncated: bool = False) -> _Shape:
         """Of the graph for what is in the buffers."""
-        return _Shape(1 << (num_rows - 1).bit_length(), self._plan.capacity, tile, traced)
+        return _Shape(1 << (num_rows - 1).bit_length(), self._plan.capacity, tile, traced, truncated)
 
     def _run(self, shape: _Shape) -> None:
         """The tokens and logits, or only the queries, of what is in the buffers."""
@@ -179,10 +179,12 @@ class Decoding:
             self._compute(shape)
 
     def _capture(self, shape: _Shape) -> None:
+        drawn = self._tokens.clone()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and makes the libraries' handles
             self._compute(shape)
+            self._tokens.copy_(drawn)  # what is to be computed in earnest may begin with them
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -193,7 +195,11 @@ class Decoding:
     def _compute(self, shape: _Shape) -> None:
         """Nothing in here depends on what is in the buffers, nor waits for the device."""
         num_rows = shape.num_rows
-        ids, positions, lengths, seeds, temperature_bits, lasts = self._state.device[:, :num_rows]
+        ids, sources, positions, lengths, seeds, temperature_bits, top_k, top_p_bits, lasts = self._state.device[
+            :, :num_rows
+        ]
+        if shape.tile == 1:
+            ids = torch.where(sources > 0, self._tokens[(sources - 1).clamp(min=0)], ids)
         trace = self._queries if shape.traced else None
         batch = _Batch(self._plan, shape, lengths, positions, self._table, self._kv_heads, trace)
         x = self._model.embed_tokens(ids)
@@ -209,31 +215,55 @@ class Decoding:
         if shape.tile > 1:  # whoever asked draws
             return
         temperatures = temperature_bits.view(torch.float64).float()
+        if shape.truncated:
+            scaled = logits / torch.where(temperatures > 0, temperatures, 1)[:, None]
+            logits.masked_fill_(dropped(scaled, top_k, top_p_bits.view(torch.float64).float()), -torch.inf)
         kernels.perturb(logits, temperatures, seeds, positions)
         torch.argmax(logits, -1, out=self._tokens[:num_rows])
 
 
+class DrawnTokens:
+    """See Drawn. On a GPU they come into memory of their own, whatever the next steps draw."""
+
+    def __init__(self, tokens: Tensor, logits: Tensor) -> None:
+        self.logits = logits
+        """[rows, vocab] float32, perturbed where there was a temperature; good until the next step."""
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+        self._host.copy_(tokens, non_blocking=True)
+        self._there = asked_so_far(tokens.device)
+
+    def wait(self) -> list[int]:
+        """See Drawn."""
+        if self._there is not None:
+            self._there.synchronize()
+        tokens: list[int] = self._host.tolist()
+        return tokens
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """Of a graph. ``tile`` is how many rows a tile has."""
+    """Of a graph. ``tile`` is how many rows a tile has; ``traced``: only the queries are wanted; ``truncated``: some
+    rows draw from a part of the tokens."""
 
     num_rows: int
     num_items: int
     tile: int
     traced: bool = False
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One token, to be appended behind ``place`` others that are appended to ``cache`` in the same step."""
+    """One token, to be appended behind ``place`` others that are appended to ``cache`` in the same step: ``token``, or
+    the one that the step before has drawn in row ``source``."""
 
-    NUM_FIELDS: ClassVar[int] = 5
+    NUM_FIELDS: ClassVar[int] = 8
 
     cache: KVCache
     place: int
     token: int = 0
-    seed: int = 0
-    temperature: float = 0.0
+    source: int | None = None
+    draw: Draw = field(default_factory=Draw)
 
     @property
     def length(self) -> int:
@@ -241,9 +271,16 @@ class _Row:
         return self.cache.num_own + self.place
 
     @property
-    def fields(self) -> tuple[int, int, int, int, int]:
-        """As they stand in the buffer."""
-        return self.token, self.cache.next_position + self.place, self.length, self.seed, _bits(self.temperature)
+    def fields(self) -> tuple[int, ...]:
+        """As they stand in the buffer; there the first row is source 1, and 0 none."""
+        source = 0 if self.source is None else self.source + 1
+        position = self.cache.next_position + self.place
+        draw = self.draw
+        top_k, top_p = (draw.top_k, draw.top_p) if draw.truncated else (0, 1.0)
+        return (
+            *(self.token, source, position, self.length),
+            *(draw.seed, _bits(draw.temperature), top_k, _bits(top_p)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,11 +126,11 @@ def test_slots_go_in_order_of_arrival_and_are_bounded() -> None:
     assert policy.next_for_slot() is third
 
 
-def test_prompts_and_decodes_share_a_pass_and_one_question_is_scored() -> None:
-    rows = [Item("a", Phase.DECODE), Item("b", Phase.PREFILL), Item("c", Phase.DECODE)]
+def test_prompts_and_decodes_share_a_step_and_one_question_is_scored() -> None:
+    a, b, c = rows = [Item("a", Phase.DECODE), Item("b", Phase.PREFILL), Item("c", Phase.DECODE)]
     scored = [Item("d", Phase.SCORE), Item("e", Phase.SCORE)]
     plan = scheduler(*rows, *scored, Item("f", Phase.RELOADING), max_batch=8).plan()
-    assert plan.rows == rows
+    assert plan.prompts == [b] and plan.decoding == [a, c]
     assert plan.scored == scored[:1]
 
 

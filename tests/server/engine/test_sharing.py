@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from compression.select import Dial
 from kvstore.memory import MemoryStore
 from server.engine import engine
 from server.engine.question import Phase
-from server.models.base import Row, Step
+from server.models.base import Draw, Row, Step
 from server.models.videoxl.model import VideoXL
 
 Drive = Callable[..., Any]
@@ -86,20 +87,36 @@ def test_low_kvs_stay_on_the_device_up_to_a_budget(drive: Drive, four_chunks: Cl
 
 
 class PlainSteps:
-    """A StepDecoder that goes through the model all the same."""
+    """A StepDecoder that goes through the model all the same; greedy."""
 
     def __init__(self, model: VideoXL, worst_token: int | None = None) -> None:
         self._model = model
         self._worst_token = worst_token
+        self.drawn: list[list[int]] = []
         self.batches: list[list[Step]] = []
+        self.log: list[str] = []
 
-    def step(self, rows: Sequence[Step], meanwhile: Callable[[], None]) -> tuple[list[int], torch.Tensor]:
-        self.batches.append(list(rows))
-        meanwhile()
+    def step(self, rows: Sequence[Step]) -> PlainTokens:
         if any(row.cache.num_mixed == self._worst_token for row in rows):
             raise RuntimeError("out of memory")
-        logits = self._model.forward([Row(torch.tensor([row.token]), row.cache) for row in rows])
-        return logits.argmax(-1).tolist(), logits
+        self.batches.append(list(rows))
+        self.log.append("asked")
+        tokens = [row.token if row.source is None else self.drawn[-1][row.source] for row in rows]
+        logits = self._model.forward(
+            [Row(torch.tensor([token]), row.cache) for token, row in zip(tokens, rows, strict=True)]
+        )
+        self.drawn.append(logits.argmax(-1).tolist())
+        return PlainTokens(self.drawn[-1], self.log)
+
+
+@dataclass
+class PlainTokens:
+    tokens: list[int]
+    log: list[str]
+
+    def wait(self) -> list[int]:
+        self.log.append("known")
+        return self.tokens
 
 
 def test_a_step_decoder_takes_what_decodes(
@@ -108,8 +125,7 @@ def test_a_step_decoder_takes_what_decodes(
     model = fresh_model()
     plain = drive(model=model, share_kvs=True)
     records = [plain.upload(four_chunks), plain.upload(two_chunks)]
-    sampled = {"temperature": 0.8, "top_k": 5, "seed": 3}
-    cases = [(records[0], {}), (records[1], sampled), (records[1], {}), (None, {})]
+    cases = [(records[0], {}), (records[1], {"max_tokens": 3}), (records[1], {}), (None, {})]
     expected = [plain.ask(record, **params) for record, params in cases]
     steps = PlainSteps(model)
     model.step_decoder = lambda max_rows: steps  # type: ignore[method-assign]
@@ -117,14 +133,15 @@ def test_a_step_decoder_takes_what_decodes(
     with driver.held():
         answers = [driver.start(record, **params) for record, params in cases]
     assert [answer.wait().text for answer in answers] == [answer.text for answer in expected]
+    assert [a.outcome.completion_tokens for a in answers] == [a.outcome.completion_tokens for a in expected]
     assert max(map(len, steps.batches)) > 1
-    assert {row.temperature for batch in steps.batches for row in batch} == {0.0}, "top-k is drawn on the host"
-    warm = driver.start(records[0], temperature=0.7, seed=11).wait()
+    assert {row.draw for batch in steps.batches for row in batch} == {Draw()}
+    warm = driver.start(records[0], temperature=0.7, seed=11, top_k=5, top_p=0.9).wait()
     assert warm.error is None
-    assert {(row.temperature, row.seed) for row in steps.batches[-1]} == {(0.7, 11)}
+    assert {row.draw for row in steps.batches[-1]} == {Draw(0.7, 11, 5, 0.9)}
 
 
-def test_clients_know_of_a_token_while_the_next_one_is_computed(
+def test_the_next_token_is_asked_for_before_the_last_one_is_known(
     drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip
 ) -> None:
     model = fresh_model()
@@ -132,24 +149,17 @@ def test_clients_know_of_a_token_while_the_next_one_is_computed(
     record = plain.upload(four_chunks)
     expected = plain.ask(record)
     num_drawn = expected.outcome.completion_tokens
-    told: list[tuple[int, int]] = []
-
-    class Watched(PlainSteps):
-        def step(self, rows: Sequence[Step], meanwhile: Callable[[], None]) -> tuple[list[int], torch.Tensor]:
-            before = len(answer.deltas)
-            drawn = super().step(rows, meanwhile)
-            told.append((before, len(answer.deltas)))
-            return drawn
-
-    steps = Watched(model)
+    assert num_drawn > 5
+    steps = PlainSteps(model)
     model.step_decoder = lambda max_rows: steps  # type: ignore[method-assign]
     driver = drive(plain.store, model=model, share_kvs=True)
     with driver.held():
-        answer = driver.start(record)
-    assert answer.wait().text == expected.text and len(told) == num_drawn - 1
-    assert [0, *(after for _, after in told[:-1])] == [before for before, _ in told], "nothing between two steps"
-    assert told[-1][1] == len(answer.deltas) - 1
-    # A stop string is found when the token behind it is on its way, which nobody gets to know of.
+        answer = driver.start(record, max_tokens=num_drawn)
+    assert answer.wait().text == expected.text
+    num_steps = num_drawn - 1
+    assert steps.log == ["asked", *["asked", "known"] * (num_steps - 1), "known"], "and none behind the last"
+    assert [batch[0].source for batch in steps.batches] == [None, *[0] * (num_steps - 1)]
+    # A stop string is found when tokens behind it are on their way, which nobody gets to know of.
     stop = expected.text[len(expected.text) // 2 :][:2]
     like = plain.ask(record, stop=(stop,))
     with driver.held():
@@ -157,8 +167,8 @@ def test_clients_know_of_a_token_while_the_next_one_is_computed(
     assert answer.wait().text == like.text and answer.finish_reason == like.finish_reason == "stop"
     assert answer.outcome.completion_tokens == like.outcome.completion_tokens < num_drawn
     # So is the end of an answer by itself.
-    said = [batch[0].token for batch in steps.batches[: num_drawn - 1]]
-    model.end_ids = frozenset(said[-1:]) - frozenset(said[:-1])
+    said = [tokens[0] for tokens in steps.drawn[:num_steps]]
+    model.end_ids = frozenset(said[-2:-1]) - frozenset([steps.batches[0][0].token, *said[:-2]])
     assert model.end_ids
     like = plain.ask(record)
     with driver.held():
@@ -174,7 +184,7 @@ def test_clients_know_of_a_token_while_the_next_one_is_computed(
 def test_who_waits_comes_in_when_the_last_one_ends(
     drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip, two_chunks: Clip, wanting: str
 ) -> None:
-    """Although its client gets to know of that when there is no step any more to do it beside."""
+    """Although nothing else is asked for in that round."""
     model = fresh_model()
     plain = drive(model=model, share_kvs=True)
     records = [plain.upload(four_chunks), plain.upload(two_chunks)]
@@ -203,8 +213,8 @@ def test_a_stop_string_that_is_found_before_a_score_ends_the_question_alone(
     later: list[Any] = []
 
     class Asking(PlainSteps):
-        def step(self, rows: Sequence[Step], meanwhile: Callable[[], None]) -> tuple[list[int], torch.Tensor]:
-            drawn = super().step(rows, meanwhile)
+        def step(self, rows: Sequence[Step]) -> PlainTokens:
+            drawn = super().step(rows)
             if len(self.batches) == 4:
                 later.append(driver.start(record))
             return drawn
@@ -214,18 +224,14 @@ def test_a_stop_string_that_is_found_before_a_score_ends_the_question_alone(
     driver = drive(plain.store, model=model, share_kvs=True)
     passes, draw = [], engine.draw
     monkeypatch.setattr(
-        engine,
-        "draw",
-        lambda m, d, questions, meanwhile: (
-            passes.append([q.phase for q in questions]) or draw(m, d, questions, meanwhile)
-        ),
+        engine, "draw", lambda m, questions: passes.append([q.phase for q in questions]) or draw(m, questions)
     )
     for size in range(1, len(text)):
         steps.batches.clear()
         stopped = driver.ask(None, "Hello?", stop=(text[:size],))
         assert stopped.error is None and text.startswith(stopped.text)
     assert later and all(answer.wait().text == like.text for answer in later)
-    assert {phase for phases in passes for phase in phases} == {Phase.PREFILL, Phase.DECODE}
+    assert {phase for phases in passes for phase in phases} == {Phase.PREFILL}
 
 
 def test_questions_that_come_together_are_scored_together(

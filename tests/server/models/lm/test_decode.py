@@ -13,6 +13,7 @@ from torch import Tensor
 from compression.kv import ChunkKV
 from compression.mixed import MixedCache
 from compression.segments import Part, RotatedKV, SharedCache
+from server.models.base import Draw, Step
 from server.models.lm.decoder import Decoder, DecoderConfig, LanguageModel, Window
 from server.models.slices import whole
 
@@ -96,7 +97,6 @@ def test_a_prompt_over_shared_kvs_reads_as_over_a_copy(qk_norm: bool) -> None:
 @with_kernels
 @pytest.mark.parametrize(("qk_norm", "rotary_dim", "num_rows"), [(False, 16, 1), (True, 8, 1), (False, 16, 3)])
 def test_decoding_by_the_kernels(qk_norm: bool, rotary_dim: int, num_rows: int) -> None:
-    from server.models.base import Step
     from server.models.lm.decode import Decoding
 
     model, plain = (decoder(qk_norm=qk_norm, rotary_dim=rotary_dim) for _ in range(2))
@@ -109,19 +109,68 @@ def test_decoding_by_the_kernels(qk_norm: bool, rotary_dim: int, num_rows: int) 
         expected = read(
             plain, [(torch.tensor([t], device=DEVICE), copied) for t, (_, copied) in zip(tokens, rows, strict=True)]
         )
-        chosen, logits = decoding.step([Step(t, cache) for t, (cache, _) in zip(tokens, rows, strict=True)])
-        torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
-        assert chosen == expected.argmax(-1).tolist()
-        tokens = chosen
+        drawn = decoding.step([Step(t, cache) for t, (cache, _) in zip(tokens, rows, strict=True)])
+        torch.testing.assert_close(drawn.logits, expected, atol=3e-4, rtol=1e-3)
+        tokens = drawn.wait()
+        assert tokens == expected.argmax(-1).tolist()
     # Rows that go and rows that stay.
     expected = read(plain, [(torch.tensor([tokens[0]], device=DEVICE), rows[0][1])])
-    _, logits = decoding.step([Step(tokens[0], rows[0][0])])
-    torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+    drawn = decoding.step([Step(tokens[0], rows[0][0])])
+    torch.testing.assert_close(drawn.logits, expected, atol=3e-4, rtol=1e-3)
+
+
+@with_kernels
+def test_steps_that_are_asked_for_before_the_last_ones_are_known() -> None:
+    """Rows change their places, come with a token of their own, and go."""
+    from server.models.lm.decode import Decoding
+
+    model, plain = decoder(), decoder()
+    decoding = Decoding(model, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
+    (a, a_copy), (b, b_copy), (c, c_copy) = (caches(plain, 7 + 5 * row, 40, seed=100 * row) for row in range(3))
+    copies = {id(a): a_copy, id(b): b_copy, id(c): c_copy}
+    tokens: dict[int, int] = {}
+
+    def follow(steps: list[Step]) -> list[int]:
+        """What plain torch draws, token by token."""
+        for step in steps:
+            token = step.token if step.source is None else tokens[id(step.cache)]
+            logits = read(plain, [(torch.tensor([token], device=DEVICE), copies[id(step.cache)])])
+            tokens[id(step.cache)] = int(logits.argmax())
+        return [tokens[id(step.cache)] for step in steps]
+
+    turns = [
+        [Step(5, a), Step(9, b)],
+        [Step(0, b, source=1), Step(33, c), Step(0, a, source=0)],
+        [Step(0, a, source=2), Step(0, c, source=1)],
+        [Step(0, c, source=1)],
+    ]
+    drawn = [decoding.step(steps) for steps in turns]
+    assert [each.wait() for each in drawn] == [follow(steps) for steps in turns]
+
+
+@with_kernels
+def test_draws_from_a_part_of_the_tokens() -> None:
+    from server.models.lm.decode import Decoding
+
+    model = decoder()
+    decoding = Decoding(model, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=2048, max_rows=4)
+    shared, copied = caches(model, 2, 4, seed=0)
+    logits = read(model, [(torch.tensor([7], device=DEVICE), copied)])[0]
+    best = logits.argsort(descending=True).tolist()
+    probabilities = (logits / 2.0)[best[:20]].softmax(-1)
+    in_nucleus = best[: int((probabilities.cumsum(-1) - probabilities < 0.5).sum())]
+    assert 1 < len(in_nucleus) < 20
+    seen: list[set[int]] = [set(), set(), set(), set()]
+    for seed in range(40):
+        draws = [Draw(2.0, seed, 3), Draw(2.0, seed, 20, 0.5), Draw(), Draw(2.0, seed, 1, 0.3)]
+        for place, token in enumerate(decoding.step([Step(7, shared, draw) for draw in draws]).wait()):
+            seen[place].add(token)
+        shared.length = shared.num_mixed
+    assert seen == [set(best[:3]), set(in_nucleus), {best[0]}, {best[0]}]
 
 
 @with_kernels
 def test_own_tokens_past_what_was_planned_for() -> None:
-    from server.models.base import Step
     from server.models.lm.decode import Decoding
 
     model = decoder()
@@ -132,13 +181,12 @@ def test_own_tokens_past_what_was_planned_for() -> None:
     read(model, [(ids, copied)])
     for token in range(2):
         expected = read(model, [(torch.tensor([token], device=DEVICE), copied)])
-        _, logits = decoding.step([Step(token, shared)])
-        torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+        drawn = decoding.step([Step(token, shared)])
+        torch.testing.assert_close(drawn.logits, expected, atol=3e-4, rtol=1e-3)
 
 
 @with_kernels
 def test_draws_follow_the_temperature_and_the_seed_alone() -> None:
-    from server.models.base import Step
     from server.models.lm.decode import Decoding
 
     model = decoder()
@@ -147,9 +195,9 @@ def test_draws_follow_the_temperature_and_the_seed_alone() -> None:
     probabilities = (read(model, [(torch.tensor([7], device=DEVICE), copied)])[0] / 0.5).softmax(-1)
 
     def draws(seeds: list[int]) -> list[int]:
-        chosen, _ = decoding.step([Step(7, shared, 0.5, seed) for seed in seeds])
+        drawn = decoding.step([Step(7, shared, Draw(0.5, seed)) for seed in seeds])
         shared.length = shared.num_mixed
-        return chosen
+        return drawn.wait()
 
     together = [token for seed in range(0, 80, 4) for token in draws(list(range(seed, seed + 4)))]
     assert together[:3] == [draws([seed])[0] for seed in range(3)]
@@ -161,7 +209,6 @@ def test_draws_follow_the_temperature_and_the_seed_alone() -> None:
 
 @with_kernels
 def test_a_decoder_that_has_warmed_up_captures_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    from server.models.base import Step
     from server.models.lm.decode import Decoding
 
     for module in ("decode", "plan"):
@@ -174,8 +221,7 @@ def test_a_decoder_that_has_warmed_up_captures_nothing_more(monkeypatch: pytest.
     assert bool(graphs) == (DEVICE == "cuda")
     (shared, copied), (others, _) = caches(model, 7, 40, seed=0), caches(model, 3, 9, seed=100)
     expected = read(model, [(torch.tensor([5], device=DEVICE), copied)])
-    _, logits = decoding.step([Step(5, shared)])
-    torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+    torch.testing.assert_close(decoding.step([Step(5, shared)]).logits, expected, atol=3e-4, rtol=1e-3)
     decoding.step([Step(5, shared), Step(6, others)])
     assert set(decoding._graphs) == graphs
 
@@ -184,7 +230,6 @@ def test_a_decoder_that_has_warmed_up_captures_nothing_more(monkeypatch: pytest.
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_short_prompts_by_the_kernels(qk_norm: bool) -> None:
     """Read and traced a row a token, as in one piece."""
-    from server.models.base import Step
     from server.models.lm.decode import Decoding
 
     model, plain = (decoder(qk_norm=qk_norm) for _ in range(2))
@@ -207,8 +252,8 @@ def test_short_prompts_by_the_kernels(qk_norm: bool) -> None:
         torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
         assert first.length == first_copy.length and second.length == second_copy.length
         expected = read(plain, [(torch.tensor([7], device=DEVICE), second_copy)])
-        _, logits = decoding.step([Step(7, second)])  # behind what was read
-        torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-3)
+        drawn = decoding.step([Step(7, second)])  # behind what was read
+        torch.testing.assert_close(drawn.logits, expected, atol=3e-4, rtol=1e-3)
 
 
 @with_kernels
