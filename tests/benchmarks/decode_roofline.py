@@ -29,6 +29,7 @@ from compression.segments import Part, RotatedKV, SharedCache
 from server.bench.circumstances import circumstances, to_json
 from server.bench.serving.hardware import measure_copy
 from server.bench.serving.model import num_step_weights
+from server.models.base import Draw, Step
 from server.models.lm.decoder import Decoder, DecoderConfig, Window
 
 SEVEN_B = DecoderConfig(
@@ -55,6 +56,7 @@ TINY = DecoderConfig(
 )
 NUM_PREFIX, NUM_HIGH, NUM_LOW = 14, 45, 720
 STEPS, ROOM = 24, 256
+GREEDY, NUCLEUS = Draw(), Draw(0.8, 1, 20, 0.8)
 REPEATS = 5
 GEMV_CANDIDATES = (2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (8, 1024, 8), (16, 256, 4), (16, 512, 8)
 ATTENTION_CANDIDATES = (  # block, warps, stages, smallest and largest item, items in a wave
@@ -150,7 +152,6 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 def overlapping(model: Decoder, config: DecoderConfig, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     """The same with kernels that are launched while those before them end; and whether the logits are the same."""
-    from server.models.base import Step
     from server.models.lm import kernels
 
     rows = []
@@ -164,7 +165,7 @@ def overlapping(model: Decoder, config: DecoderConfig, shapes: Sequence[Shape]) 
             _DECODINGS.clear()
             try:
                 row[f"{name}_ms"] = graph_ms(model, config, caches, profile=False)["graph_ms"]
-                logits[name] = decoding_of(model, config).step(steps)[1].clone()
+                logits[name] = decoding_of(model, config).step(steps).logits.clone()
             finally:
                 kernels.LAUNCH = before
             for cache in caches:
@@ -247,21 +248,22 @@ def measure(
 
 def graph_ms(model: Decoder, config: DecoderConfig, caches: list[MixedCache], profile: bool) -> dict[str, Any]:
     """Milliseconds a step, as the engine takes it: what the host does included; and how long the first one took."""
-    from server.models.base import Step
-
     decoding = decoding_of(model, config)
     torch.cuda.synchronize()
     before_nbytes, begin_s = torch.cuda.memory_reserved(), time.perf_counter()
-    tokens = [7] * len(caches)
 
-    def steps() -> None:
-        nonlocal tokens
-        for _ in range(STEPS):
-            tokens, _ = decoding.step([Step(token, cache) for token, cache in zip(tokens, caches, strict=True)])
+    def steps(draw: Draw = GREEDY) -> None:
+        """As the engine has them: each is asked for before the tokens of the last one are known."""
+        drawn = decoding.step([Step(7, cache, draw) for cache in caches])
+        for _ in range(STEPS - 1):
+            behind = decoding.step([Step(0, cache, draw, row) for row, cache in enumerate(caches)])
+            drawn.wait()
+            drawn = behind
+        drawn.wait()
         for cache in caches:
             cache.length = cache.num_mixed
 
-    tokens, _ = decoding.step([Step(token, cache) for token, cache in zip(tokens, caches, strict=True)])
+    decoding.step([Step(7, cache) for cache in caches]).wait()
     first_ms = 1e3 * (time.perf_counter() - begin_s)
     steps()
     times_ms = sorted(1e3 * median_s(steps, 1) / STEPS for _ in range(REPEATS))
@@ -272,9 +274,11 @@ def graph_ms(model: Decoder, config: DecoderConfig, caches: list[MixedCache], pr
         "graph_nbytes": torch.cuda.memory_reserved() - before_nbytes,
         "captured": bool(decoding._graphs),
     }
-    captured = decoding._graphs.get((1 << (len(caches) - 1).bit_length(), decoding._plan.capacity, False))
+    captured = decoding._graphs.get(decoding._shape(len(caches), 1))
     if captured is not None:
         row["device_ms"] = 1e3 * median_s(captured.replay, 10)
+    steps(NUCLEUS)
+    row["nucleus_ms"] = statistics.median(1e3 * median_s(lambda: steps(NUCLEUS), 1) / STEPS for _ in range(REPEATS))
     if profile:
         row["kernels_us"] = profiled(lambda: decoding.step([Step(7, cache) for cache in caches]))
     return row
@@ -432,25 +436,26 @@ def attention_gb_s(decoding_plan: Any, queries: Tensor, config: DecoderConfig, t
 @contextmanager
 def attention(block: int, num_warps: int, num_stages: int, smallest: int, largest: int, wave: int) -> Iterator[None]:
     """With other block sizes than the kernel's own."""
-    from server.models.lm import decode, kernels
+    from server.models.lm import kernels, plan
 
     defaults = kernels.attend.__kwdefaults__
     assert defaults is not None
-    before = dict(defaults), (decode._SMALLEST_ITEM, decode._LARGEST_ITEM, decode._WAVE)
+    before = dict(defaults), (plan._SMALLEST_ITEM, plan._LARGEST_ITEM, plan._WAVE)
     try:
         defaults.update(block=block, num_warps=num_warps, num_stages=num_stages)
-        decode._SMALLEST_ITEM, decode._LARGEST_ITEM, decode._WAVE = smallest, largest, wave
+        plan._SMALLEST_ITEM, plan._LARGEST_ITEM, plan._WAVE = smallest, largest, wave
         yield
     finally:
         defaults.update(before[0])
-        decode._SMALLEST_ITEM, decode._LARGEST_ITEM, decode._WAVE = before[1]
+        plan._SMALLEST_ITEM, plan._LARGEST_ITEM, plan._WAVE = before[1]
 
 
 def tune_attention(
     config: DecoderConfig, device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape]
 ) -> list[dict[str, Any]]:
     """GB/s of KVs that attention reads, merging included, for several block and piece sizes; leaves the best on."""
-    from server.models.lm import decode, kernels
+    from server.models.lm import kernels
+    from server.models.lm import plan as plans
 
     like = torch.empty((), dtype=dtype, device=device)
     table = torch.stack(config.rope.tables(torch.arange(config.max_position_embeddings, device=device), dtype), dim=1)
@@ -467,8 +472,8 @@ def tune_attention(
         state[1] += caches[0].next_position
         for candidate in ATTENTION_CANDIDATES:
             with attention(*candidate):
-                plan = decode._Plan(64, device)
-                plan.update(caches)
+                plan = plans.Plan(64, device)
+                plan.update([plans.Tile(cache, cache.num_own, 1) for cache in caches], 1)
                 speed = attention_gb_s(plan, queries, config, (*state, table), nbytes)
             scores[candidate] = scores.get(candidate, 1.0) * speed
             found.append({"shape": shape.name, "candidate": candidate, "gb_s": speed})
@@ -480,7 +485,7 @@ def tune_attention(
     defaults = kernels.attend.__kwdefaults__
     assert defaults is not None
     defaults.update(block=best[0], num_warps=best[1], num_stages=best[2])
-    decode._SMALLEST_ITEM, decode._LARGEST_ITEM, decode._WAVE = best[3:]
+    plans._SMALLEST_ITEM, plans._LARGEST_ITEM, plans._WAVE = best[3:]
     return found
 
 
@@ -489,7 +494,6 @@ def relative_errors(config: DecoderConfig, device: torch.device) -> dict[str, fl
     plain PyTorch over copied KVs in bfloat16, both against plain PyTorch in float32."""
     import dataclasses
 
-    from server.models.base import Step
     from server.models.lm.decode import Decoding
 
     small = dataclasses.replace(config, num_hidden_layers=2)
@@ -516,7 +520,7 @@ def relative_errors(config: DecoderConfig, device: torch.device) -> dict[str, fl
         for step in range(4):
             tokens = [(5 + 31 * step + row) % small.vocab_size for row in range(num_rows)]
             ids = torch.tensor(tokens, device=device)
-            seen = {"kernels": decoding.step([Step(t, c) for t, c in zip(tokens, shared, strict=True)])[1]}
+            seen = {"kernels": decoding.step([Step(t, c) for t, c in zip(tokens, shared, strict=True)]).logits}
             for model, caches, name in ((plain, copies, "plain"), (exact, exacts, "exact")):
                 hidden, _ = model([Window(model.embed_tokens(i), c) for i, c in zip(ids.split(1), caches, strict=True)])
                 seen[name] = model.logits(hidden)
@@ -591,7 +595,8 @@ def say(line: str) -> None:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    columns = ("rows", "tokens", "floor_ms", "graph_ms", "device_ms", "of_roofline", "tokens_per_s", "eager_ms",
+    columns = ("rows", "tokens", "floor_ms", "graph_ms", "device_ms", "nucleus_ms",
+               "of_roofline", "tokens_per_s", "eager_ms",
                "transformers_dynamic_ms", "transformers_static_ms")  # fmt: skip
     say(" | ".join(columns))
     for row in result["rows"]:
