@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from redis_servers import RedisServer
 
-from kvstore.errors import CorruptBlob, StoreUnavailable
+from kvstore import envelope
+from kvstore.errors import CorruptBlob, FormatVersionError, StoreUnavailable
 from kvstore.memory import MemoryStore
 from kvstore.open import open_store
 from kvstore.redis import RedisStore
@@ -110,6 +111,34 @@ def test_what_is_damaged_on_its_way_is_not_kept(below, monkeypatch):
         (found,) = store.get_many(["a"])
         assert isinstance(found, CorruptBlob)
     assert store.get_many(["a"]) == [DATA]
+
+
+def test_a_blob_is_verified_once_as_it_comes_in(below, monkeypatch):
+    verified = []
+    verify = envelope.verify
+    monkeypatch.setattr(envelope, "verify", lambda key, *sealed: (verified.append(key), verify(key, *sealed)))
+    store = TieredStore(below, 100_000)
+    store.put("a", DATA)
+    store.put("b", DATA)
+    assert store.get_many(["a"]) == [DATA]
+    assert store.get_many(["a", "b"]) == [DATA, DATA]
+    assert verified == ["a", "b"]
+    below.put("a", DATA[::-1])
+    assert store.get_many(["a"]) == [DATA[::-1]]
+    assert verified == ["a", "b", "a"]
+
+
+def test_what_a_newer_version_has_written_is_refused_and_pushes_out_what_was_kept(below, monkeypatch):
+    store = TieredStore(below, 100_000)
+    store.put("a", DATA)
+    store.get_many(["a"])
+    with monkeypatch.context() as patch:
+        patch.setattr(envelope, "FORMAT_VERSION", envelope.FORMAT_VERSION + 1)
+        below.put("a", DATA[::-1])
+    for _ in range(2):
+        with pytest.raises(FormatVersionError):
+            store.get_many(["a"])
+    assert store._nbytes == 0
 
 
 def test_where_memory_stands_by_default(tmp_path, redis_url):
