@@ -20,9 +20,12 @@ class TieredStore(Store):
     what it has. ``get`` goes past the memory: small records, that must be the newest or an error.
     """
 
-    def __init__(self, below: Store, cache_nbytes: int) -> None:
+    def __init__(self, below: Store, cache_nbytes: int, buffer: NewBuffer = new_buffer) -> None:
+        """``buffer`` makes the memory that blobs stay in, on any thread; what it made is free when nothing refers to
+        it any more."""
         self._below = below
         self._cache_nbytes = cache_nbytes
+        self._buffer = buffer
         self._lock = threading.Lock()
         self._blobs: OrderedDict[str, Sealed] = OrderedDict()  # least recently used first
         self._nbytes = 0
@@ -46,7 +49,7 @@ class TieredStore(Store):
         checksum is for is a disk and the way from there: the KVs that stay on a device are believed as well."""
         hits = self._hits(keys)
         missing = [key for key in keys if key not in hits]
-        from_below = iter(self._below._read_many(missing, new_buffer))  # it stays here
+        from_below = iter(self._below._read_many(missing, self._buffer))  # they stay here
         payloads: list[Found] = []
         for key in keys:
             if key in hits:

@@ -6,10 +6,11 @@ import pytest
 from redis_servers import RedisServer
 
 from kvstore import envelope
+from kvstore.base import new_buffer
 from kvstore.errors import CorruptBlob, FormatVersionError, StoreUnavailable
 from kvstore.memory import MemoryStore
 from kvstore.open import open_store
-from kvstore.redis import RedisStore
+from kvstore.redis import PART_NBYTES, RedisStore
 from kvstore.tiered import TieredStore
 
 DATA = bytes(range(256)) * 40
@@ -139,6 +140,26 @@ def test_what_a_newer_version_has_written_is_refused_and_pushes_out_what_was_kep
         with pytest.raises(FormatVersionError):
             store.get_many(["a"])
     assert store._nbytes == 0
+
+
+@pytest.mark.parametrize("kind", ["disk", "redis"])
+def test_what_it_keeps_lies_in_the_buffers_that_it_was_given(tmp_path, redis_url, kind):
+    rooms = []
+
+    def buffer(nbytes):
+        rooms.append(new_buffer(nbytes))
+        return rooms[-1]
+
+    url = {"disk": f"disk:{tmp_path}", "redis": redis_url}[kind]
+    store = open_store(url, cache_nbytes=100_000_000, cache_buffers=lambda nbytes: buffer)
+    large = bytes(PART_NBYTES + 1)
+    for key, data in (("a", DATA), ("large", large), ("empty", b"")):
+        store.put(key, data)
+    for _ in range(2):
+        found = store.get_many(["a", "large", "none", "empty"], new_buffer)
+        assert found == [DATA, large, None, b""]
+        assert [one.obj for one in found if one is not None] == [room.obj for room in rooms]
+    store.close()
 
 
 def test_where_memory_stands_by_default(tmp_path, redis_url):
