@@ -165,7 +165,7 @@ class RedisStore(Store):
                         sealed = self._read(key)  # replaced meanwhile
                     else:
                         sealed = None if blob is None else (blob.header, blob.payload)
-                    yield sealed if sealed is None or buffer is new_buffer else (sealed[0], _moved(sealed[1], buffer))
+                    yield _moved(sealed, buffer)
         finally:
             for future in futures:
                 future.cancel()
@@ -332,10 +332,14 @@ class _Address:
         return redis.Redis.from_url(self.url, **options)
 
 
-def _moved(payload: memoryview, buffer: NewBuffer) -> memoryview:
+def _moved(sealed: Sealed | None, buffer: NewBuffer) -> Sealed | None:
+    """Into the caller's memory, where that is any other."""
+    if sealed is None or buffer is new_buffer:
+        return sealed
+    header, payload = sealed
     room = buffer(len(payload))
     _copy(payload, room)
-    return room
+    return header, room
 
 
 def _copy(data: Data, room: memoryview) -> None:

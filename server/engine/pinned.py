@@ -1,10 +1,11 @@
-"""Pinned memory, in parts, for what stays in host memory: a GPU copies it from where it lies, and nobody has to."""
+"""Pinned memory for what a store keeps in host memory: a GPU copies it from where it lies."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import weakref
+from bisect import insort
 from collections import deque
 
 import numpy as np
@@ -18,14 +19,14 @@ _log = logging.getLogger(__name__)
 _PIECE_NBYTES = (1 << 26, 1 << 32)
 """Least and most. Torch rounds up to powers of two, so that pieces are such; no part lies in two."""
 _BEING_READ_NBYTES = 1 << 28
-"""Room beside what a store keeps: for what is read before another goes, or has gone and is still being copied."""
+"""Beside what a store keeps: for what is read before another goes for it, and what has gone and is still copied."""
 _ALIGNED = 64
 """Bytes."""
 
 
 def kept_buffers(device: torch.device, kept_nbytes: int) -> NewBuffer:
-    """Makes buffers for a store that keeps up to ``kept_nbytes`` in memory: pinned where ``device`` is a GPU. Those are
-    taken from memory that is pinned now, for that lasts so long that no question should wait for it."""
+    """Makes buffers for a store that keeps up to ``kept_nbytes`` in memory; where ``device`` is a GPU they are pinned.
+    That is done now, for all of them: a gigabyte may take a second, in which all of the GPU's work may have to wait."""
     if device.type != "cuda":
         return new_buffer
     return PinnedMemory(kept_nbytes + min(kept_nbytes, _BEING_READ_NBYTES), pinned=True).new_buffer
@@ -85,8 +86,7 @@ class _Piece:
 
     def put(self, begin: int, end: int) -> None:
         """Makes a range free again."""
-        before = [range_ for range_ in self._free if range_[1] < begin]
-        touching = [range_ for range_ in self._free if range_[1] == begin or range_[0] == end]
-        behind = [range_ for range_ in self._free if range_[0] > end]
-        joined = (min([begin, *(first for first, _ in touching)]), max([end, *(last for _, last in touching)]))
-        self._free = [*before, joined, *behind]
+        for first, last in [free for free in self._free if free[1] == begin or free[0] == end]:
+            self._free.remove((first, last))
+            begin, end = min(begin, first), max(end, last)
+        insort(self._free, (begin, end))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from compression.kv import ChunkKV
 from kvstore import codec
 from kvstore.base import new_buffer
+from kvstore.disk import DiskStore
+from kvstore.tiered import TieredStore
 from server.engine import pinned
 from server.engine.pinned import PinnedMemory, kept_buffers
 
@@ -67,6 +70,22 @@ def test_a_part_is_taken_as_long_as_a_tensor_lies_in_it() -> None:
     assert not is_part(memory, memory.new_buffer(1 << 12))
     assert keys.equal(kv.keys[:, 1:])
     del keys
+    assert is_part(memory, memory.new_buffer(1 << 12))
+
+
+def test_what_a_full_store_keeps_goes_on_to_lie_in_it(tmp_path: Path) -> None:
+    memory, store = PinnedMemory(1 << 12, pinned=False), DiskStore(tmp_path)
+    tiered = TieredStore(store, 3 * 1000, memory.new_buffer)
+    contents = {f"{number}": bytes([number]) * 900 for number in range(9)}
+    for key, content in contents.items():
+        tiered.put(key, content)
+    rng = random.Random(0)
+    for _ in range(200):
+        key = rng.choice(list(contents))
+        (found,) = tiered.get_many([key])
+        assert isinstance(found, memoryview) and found == contents[key] and is_part(memory, found)
+    tiered.close()
+    del found
     assert is_part(memory, memory.new_buffer(1 << 12))
 
 
