@@ -17,6 +17,9 @@ Data = bytes | bytearray | memoryview
 Sealed = tuple[bytes, memoryview]
 """Header (its first HEADER_NBYTES bytes, or what there is) and payload of a blob, as they lie in the store."""
 
+Found = memoryview | CorruptBlob | None
+"""The payload of a blob, verified; what is wrong with it; None for a miss."""
+
 NewBuffer = Callable[[int], memoryview]
 """Makes writable memory of so many bytes."""
 
@@ -53,15 +56,14 @@ class Store(ABC):
         payload = _opened(key, self._read(_checked(key)))
         return None if payload is None else bytearray(payload)
 
-    def get_many(self, keys: Sequence[str], buffer: NewBuffer | None = None) -> list[memoryview | CorruptBlob | None]:
+    def get_many(self, keys: Sequence[str], buffer: NewBuffer | None = None) -> list[Found]:
         """What was put under each of ``keys``, in one read that copies as little as can be; None for a miss.
 
         In the place of a damaged blob stands the error. The buffers may be the store's own: never write to them. A
         store that reads straight into the caller's memory does it where ``buffer`` gives it that. Raises
         FormatVersionError.
         """
-        blobs = self._read_many([_checked(key) for key in keys], buffer or new_buffer)
-        return [_opened_or_error(key, sealed) for key, sealed in zip(keys, blobs, strict=True)]
+        return self._get_many([_checked(key) for key in keys], buffer or new_buffer)
 
     @abstractmethod
     def tier(self, key: str) -> Tier:
@@ -122,6 +124,10 @@ class Store(ABC):
     def close(self) -> None:
         """Lets go of everything held open. No call may follow, except another close."""
 
+    def _get_many(self, keys: Sequence[str], buffer: NewBuffer) -> list[Found]:
+        """What :meth:`get_many` says; what is verified is verified here, once."""
+        return [found(key, sealed) for key, sealed in zip(keys, self._read_many(keys, buffer), strict=True)]
+
     @abstractmethod
     def _read(self, key: str) -> Sealed | None: ...
 
@@ -162,19 +168,20 @@ def new_buffer(nbytes: int) -> memoryview:
     return np.empty(nbytes, np.uint8).data
 
 
+def found(key: str, sealed: Sealed | None) -> Found:
+    """What a blob that was read holds. Raises FormatVersionError."""
+    try:
+        return _opened(key, sealed)
+    except CorruptBlob as error:
+        return error
+
+
 def _opened(key: str, sealed: Sealed | None) -> memoryview | None:
     if sealed is None:
         return None
     header, payload = sealed
     envelope.verify(key, header, payload)
     return payload
-
-
-def _opened_or_error(key: str, sealed: Sealed | None) -> memoryview | CorruptBlob | None:
-    try:
-        return _opened(key, sealed)
-    except CorruptBlob as error:
-        return error
 
 
 def _checked(key: str) -> str:

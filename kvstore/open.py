@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from kvstore.base import Store
+from kvstore.base import NewBuffer, Store, new_buffer
 from kvstore.disk import DiskStore
 from kvstore.errors import InvalidStoreURL, StoreUnavailable
 from kvstore.memory import MemoryStore
@@ -20,12 +21,19 @@ _KNOWN = "known stores: memory://, disk:PATH, redis://HOST and rediss://HOST"
 _RETRY_S = 0.5
 
 
-def open_store(url: str, *, cache_nbytes: int | None = None, wait_s: float = 0.0) -> Store:
+def open_store(
+    url: str,
+    *,
+    cache_nbytes: int | None = None,
+    cache_buffers: Callable[[int], NewBuffer] = lambda nbytes: new_buffer,
+    wait_s: float = 0.0,
+) -> Store:
     """Opens ``memory://``, ``disk:PATH`` (``~`` is the home folder; the folder is made if missing) or a Redis.
 
-    ``cache_nbytes`` of host memory keep what is read from it (see TieredStore; 0: none; None: as the store needs it).
-    A store that cannot be reached is tried again for ``wait_s``. Raises InvalidStoreURL, FormatVersionError, and
-    StoreUnavailable when the store cannot be opened.
+    ``cache_nbytes`` of host memory keep what is read from it (see TieredStore; 0: none; None: as the store needs it),
+    in buffers that are made by what ``cache_buffers`` gives for so many bytes. A store that cannot be reached is tried
+    again for ``wait_s``. Raises InvalidStoreURL, FormatVersionError, and StoreUnavailable when the store cannot be
+    opened.
     """
     end_s = time.monotonic() + wait_s
     while True:
@@ -40,7 +48,7 @@ def open_store(url: str, *, cache_nbytes: int | None = None, wait_s: float = 0.0
         cache_nbytes = DEFAULT_CACHE_NBYTES if isinstance(store, RedisStore) else 0
     if not cache_nbytes or isinstance(store, MemoryStore):
         return store
-    return TieredStore(store, cache_nbytes)
+    return TieredStore(store, cache_nbytes, cache_buffers(cache_nbytes))
 
 
 def _open(url: str) -> Store:

@@ -144,8 +144,8 @@ class RedisStore(Store):
         return None
 
     def _read_many(self, keys: Sequence[str], buffer: NewBuffer) -> Iterator[Sealed | None]:
-        """The parts of all the blobs, over a few connections at a time. Into memory of its own: when one read fails
-        others may go on for a while."""
+        """The parts of all the blobs, over a few connections at a time. Into memory of its own, and into the caller's
+        from there: when one read fails others may go on for a while."""
         futures: list[Future[Any]] = []
 
         def submit(work: Callable[..., _T], *arguments: object) -> Future[_T]:
@@ -162,9 +162,10 @@ class RedisStore(Store):
                     reads.append((key, blob, [submit(self._read_part, key, blob, index) for index in others]))
                 for key, blob, parts in reads:
                     if not all(part.result() for part in parts):
-                        yield self._read(key)  # replaced meanwhile
+                        sealed = self._read(key)  # replaced meanwhile
                     else:
-                        yield None if blob is None else (blob.header, blob.payload)
+                        sealed = None if blob is None else (blob.header, blob.payload)
+                    yield _moved(sealed, buffer)
         finally:
             for future in futures:
                 future.cancel()
@@ -331,7 +332,17 @@ class _Address:
         return redis.Redis.from_url(self.url, **options)
 
 
-def _copy(data: bytes, room: memoryview) -> None:
+def _moved(sealed: Sealed | None, buffer: NewBuffer) -> Sealed | None:
+    """Into the caller's memory, where that is any other."""
+    if sealed is None or buffer is new_buffer:
+        return sealed
+    header, payload = sealed
+    room = buffer(len(payload))
+    _copy(payload, room)
+    return header, room
+
+
+def _copy(data: Data, room: memoryview) -> None:
     """As ``room[:] = data``, but other threads run meanwhile."""
     np.copyto(np.frombuffer(room, np.uint8), np.frombuffer(data, np.uint8))
 

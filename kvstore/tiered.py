@@ -6,9 +6,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from kvstore.base import BlobStat, Data, NewBuffer, Sealed, Store, Tier, new_buffer
-from kvstore.envelope import verify
-from kvstore.errors import CorruptBlob, FormatVersionError, StoreUnavailable
+from kvstore.base import BlobStat, Data, Found, NewBuffer, Sealed, Store, Tier, found, new_buffer
+from kvstore.errors import StoreUnavailable
 
 
 class TieredStore(Store):
@@ -21,9 +20,12 @@ class TieredStore(Store):
     what it has. ``get`` goes past the memory: small records, that must be the newest or an error.
     """
 
-    def __init__(self, below: Store, cache_nbytes: int) -> None:
+    def __init__(self, below: Store, cache_nbytes: int, buffer: NewBuffer = new_buffer) -> None:
+        """``buffer`` makes the memory that blobs stay in, on any thread; what it made is free when nothing refers to
+        it any more."""
         self._below = below
         self._cache_nbytes = cache_nbytes
+        self._buffer = buffer
         self._lock = threading.Lock()
         self._blobs: OrderedDict[str, Sealed] = OrderedDict()  # least recently used first
         self._nbytes = 0
@@ -42,20 +44,39 @@ class TieredStore(Store):
     def _read(self, key: str) -> Sealed | None:
         return self._below._read(key)
 
-    def _read_many(self, keys: Sequence[str], buffer: NewBuffer) -> Iterator[Sealed | None]:
+    def _get_many(self, keys: Sequence[str], buffer: NewBuffer) -> list[Found]:
+        """A blob is verified as it comes in; what memory serves is not verified again. Nobody writes to it, and what a
+        checksum is for is a disk and the way from there: the KVs that stay on a device are believed as well."""
+        hits = self._hits(keys)
+        missing = [key for key in keys if key not in hits]
+        from_below = iter(self._below._read_many(missing, self._buffer))  # they stay here
+        payloads: list[Found] = []
+        for key in keys:
+            if key in hits:
+                sealed: Sealed | None = hits[key]
+                payload: Found = hits[key][1]
+            else:
+                sealed = next(from_below)
+                payload = found(key, sealed)
+            self._keep(key, sealed if isinstance(payload, memoryview) else None)
+            payloads.append(payload)
+        return payloads
+
+    def _hits(self, keys: Sequence[str]) -> dict[str, Sealed]:
+        """Those of ``keys`` that memory may serve. What is stale is forgotten."""
         with self._lock:
             kept = {key: self._blobs[key] for key in keys if key in self._blobs}
         try:
             headers = dict(zip(kept, self._below._read_headers(list(kept)), strict=True))
         except StoreUnavailable:
-            headers = {key: header for key, (header, _) in kept.items()}
-        hits = {key: sealed for key, sealed in kept.items() if sealed[0] == headers[key]}
-        missing = [key for key in keys if key not in hits]
-        from_below = iter(self._below._read_many(missing, new_buffer))  # it stays here
-        for key in keys:
-            sealed = hits[key] if key in hits else next(from_below)
-            self._keep(key, sealed if _is_whole(key, sealed) else None)
-            yield sealed
+            return kept
+        hits = {}
+        for key, sealed in kept.items():
+            if sealed[0] == headers[key]:
+                hits[key] = sealed
+            else:
+                self._keep(key, None)
+        return hits
 
     def _keep(self, key: str, sealed: Sealed | None) -> None:
         """Makes ``sealed`` the most recently used blob, and forgets what was kept under ``key`` before."""
@@ -98,16 +119,6 @@ class TieredStore(Store):
 
     def _release_lock(self, name: str, owner: str) -> bool:
         return self._below._release_lock(name, owner)
-
-
-def _is_whole(key: str, sealed: Sealed | None) -> bool:
-    """What was damaged on its way must not stay."""
-    try:
-        if sealed is not None:
-            verify(key, *sealed)
-    except (CorruptBlob, FormatVersionError):
-        return False
-    return True
 
 
 def _nbytes(sealed: Sealed) -> int:

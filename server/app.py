@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -25,9 +26,10 @@ from server.engine.engine import Engine
 from server.engine.fit import check_budgets, default_resident_nbytes
 from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
+from server.engine.pinned import kept_buffers
 from server.engine.uploads import Uploads
 from server.models.base import VideoModel
-from server.models.registry import load_model
+from server.models.registry import choose_device, load_model
 from server.spool import Spool
 from server.video.reader import VideoLimits
 
@@ -59,7 +61,12 @@ def open_backend(settings: Settings) -> Backend:
     be met, and for a store that cannot be read; then nothing stays open."""
     if settings.allowed_media_domains:
         _log.warning("--allowed-media-domains changes nothing yet: http(s) URLs are not fetched")
-    store = open_store(settings.store, cache_nbytes=settings.store_cache_bytes, wait_s=settings.wait_for_store)
+    store = open_store(
+        settings.store,
+        cache_nbytes=settings.store_cache_bytes,
+        cache_buffers=partial(kept_buffers, choose_device(settings.device)),
+        wait_s=settings.wait_for_store,
+    )
     try:
         model = load_model(
             settings.model,

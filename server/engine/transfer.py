@@ -92,13 +92,16 @@ class Staging:
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
         self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
         self._used = 0
+        self._sources: list[Tensor] = []
+        """What is being copied, wherever it lies, is referred to here until it has been."""
         self.copied: torch.cuda.Event | None = None
-        """Behind the last copy out of it."""
+        """Behind the last copy."""
 
     def clear(self) -> None:
         """Makes all of it free, once it has been copied."""
         if self.copied is not None:
             self.copied.synchronize()
+        self._sources.clear()
         self._used = 0
 
     def new_buffer(self, nbytes: int) -> memoryview:
@@ -108,20 +111,20 @@ class Staging:
 
     def move(self, kv: ChunkKV, device: torch.device) -> ChunkKV:
         """``kv`` on ``device``, copied by the current stream; nobody waits for that if there is room here, or ``kv``
-        lies here already."""
+        lies here already, or in other pinned memory."""
         positions = None if kv.positions is None else self._moved(kv.positions, device)
         keys, values = self._moved(kv.keys, device), self._moved(kv.values, device)
         return replace(kv, keys=keys, values=values, positions=positions)
 
     def _moved(self, tensor: Tensor, device: torch.device) -> Tensor:
-        begin = self._memory.data_ptr()
-        if not begin <= tensor.data_ptr() < begin + len(self._memory):
+        if not tensor.is_pinned():
             room = self._take(tensor.nbytes)
             if room is None:
                 return tensor.to(device, copy=True)
             # As torch would copy it, but on this thread alone: others read beside it.
             np.copyto(room.numpy(), tensor.reshape(-1).view(torch.uint8).numpy())
             tensor = room.view(tensor.dtype).view(tensor.shape)
+        self._sources.append(tensor)
         return tensor.to(device, copy=True, non_blocking=True)
 
     def _take(self, nbytes: int) -> Tensor | None:

@@ -7,14 +7,17 @@ from torch import Tensor
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """What lies on the CPU, in memory that ``device`` can copy from by itself."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    """What lies on the CPU, copied to memory that ``device`` can copy from by itself, and that torch keeps until it
+    has. A store's pinned memory will not do: it is another blob's as soon as nothing here refers to it."""
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor) if device.type == "cuda" else tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """What lies on the CPU, on ``device``. A GPU copies it when it gets there: from pinned memory, because whoever
-    copies from other memory waits until the GPU has done all that it was asked for before."""
-    return pinned(tensor, device).to(device, non_blocking=True)
+    """What lies on the CPU, pinned already or not, on ``device``. A GPU copies it when it gets there: from pinned
+    memory, because whoever copies from other memory waits until the GPU has done all that it was asked for before."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = pinned(tensor, device)
+    return tensor.to(device, non_blocking=True)
 
 
 def indices(mask: Tensor, device: torch.device) -> Tensor:

@@ -42,7 +42,7 @@ def load_model(
     Raises UnknownModelError, DeviceError, CheckpointError, ValueError for a ``prefill_mode`` or ``compressor`` that
     does not exist, and for a ``compressor`` where the model summarizes by itself.
     """
-    place = _device(device)
+    place = choose_device(device)
     precision = _dtype(dtype, place)
     if precision == torch.float32 and place.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # or convolutions keep 10 bits of 23
@@ -102,7 +102,8 @@ def _loader(config: dict[str, Any], name: str) -> Loader:
     )
 
 
-def _device(name: Device) -> torch.device:
+def choose_device(name: Device) -> torch.device:
+    """``auto`` takes a GPU where there is one. Raises DeviceError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device 'cuda' was asked for, but no CUDA device is available")
     if name == "auto":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from redis_servers import RedisServer
 
-from kvstore.errors import CorruptBlob, StoreUnavailable
+from kvstore import envelope
+from kvstore.base import new_buffer
+from kvstore.errors import CorruptBlob, FormatVersionError, StoreUnavailable
 from kvstore.memory import MemoryStore
 from kvstore.open import open_store
-from kvstore.redis import RedisStore
+from kvstore.redis import PART_NBYTES, RedisStore
 from kvstore.tiered import TieredStore
 
 DATA = bytes(range(256)) * 40
@@ -110,6 +112,54 @@ def test_what_is_damaged_on_its_way_is_not_kept(below, monkeypatch):
         (found,) = store.get_many(["a"])
         assert isinstance(found, CorruptBlob)
     assert store.get_many(["a"]) == [DATA]
+
+
+def test_a_blob_is_verified_once_as_it_comes_in(below, monkeypatch):
+    verified = []
+    verify = envelope.verify
+    monkeypatch.setattr(envelope, "verify", lambda key, *sealed: (verified.append(key), verify(key, *sealed)))
+    store = TieredStore(below, 100_000)
+    store.put("a", DATA)
+    store.put("b", DATA)
+    assert store.get_many(["a"]) == [DATA]
+    assert store.get_many(["a", "b"]) == [DATA, DATA]
+    assert verified == ["a", "b"]
+    below.put("a", DATA[::-1])
+    assert store.get_many(["a"]) == [DATA[::-1]]
+    assert verified == ["a", "b", "a"]
+
+
+def test_what_a_newer_version_has_written_is_refused_and_pushes_out_what_was_kept(below, monkeypatch):
+    store = TieredStore(below, 100_000)
+    store.put("a", DATA)
+    store.get_many(["a"])
+    with monkeypatch.context() as patch:
+        patch.setattr(envelope, "FORMAT_VERSION", envelope.FORMAT_VERSION + 1)
+        below.put("a", DATA[::-1])
+    for _ in range(2):
+        with pytest.raises(FormatVersionError):
+            store.get_many(["a"])
+    assert store._nbytes == 0
+
+
+@pytest.mark.parametrize("kind", ["disk", "redis"])
+def test_what_it_keeps_lies_in_the_buffers_that_it_was_given(tmp_path, redis_url, kind):
+    rooms = []
+
+    def buffer(nbytes):
+        rooms.append(new_buffer(nbytes))
+        return rooms[-1]
+
+    url = {"disk": f"disk:{tmp_path}", "redis": redis_url}[kind]
+    store = open_store(url, cache_nbytes=100_000_000, cache_buffers=lambda nbytes: buffer)
+    large = bytes(PART_NBYTES + 1)
+    for key, data in (("a", DATA), ("large", large), ("empty", b"")):
+        store.put(key, data)
+    for _ in range(2):
+        found = store.get_many(["a", "large", "none", "empty"], new_buffer)
+        assert found == [DATA, large, None, b""]
+        assert [one.obj for one in found if one is not None] == [room.obj for room in rooms]
+    store.close()
 
 
 def test_where_memory_stands_by_default(tmp_path, redis_url):

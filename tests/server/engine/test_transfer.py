@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 from compression.kv import ChunkKV
 from compression.rope import Rope
 from compression.segments import RotatedKV
+from kvstore.base import Store
 from kvstore.disk import DiskStore
 from kvstore.errors import MissingBlob
 from kvstore.key import KVKey
 from kvstore.memory import MemoryStore
+from kvstore.tiered import TieredStore
 from kvstore.video import VideoStore
+from server.engine.pinned import kept_buffers
 from server.engine.transfer import Arrival, Staging, Transfer
 
 CPU = torch.device("cpu")
@@ -74,6 +78,24 @@ def test_a_disk_is_read_straight_into_it(tmp_path: Path) -> None:
     store.close()
 
 
+def test_what_lies_in_other_pinned_memory_is_copied_from_there_and_held_until_it_has_been(monkeypatch) -> None:
+    class Copied:
+        def synchronize(self) -> None:
+            events.append((held() is not None, "waited"))
+
+    events: list[tuple[bool, str]] = []
+    staging, kv = Staging(100_000, pinned=False), make_kv(30, positions=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+        moved = staging.move(kv, CPU)
+    assert_same(moved, kv)
+    assert staging._used == 0
+    staging.copied, held = Copied(), weakref.ref(kv.keys)
+    del kv
+    staging.clear()
+    assert events == [(True, "waited")] and held() is None
+
+
 def test_without_a_gpu_nothing_is_copied() -> None:
     kv, transfer = make_kv(5), Transfer(CPU, 2)
     arrival = transfer.bring(lambda buffer: kv, lambda on_device: on_device)
@@ -83,10 +105,13 @@ def test_without_a_gpu_nothing_is_copied() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_on_a_gpu_it_arrives_while_another_stream_computes(tmp_path: Path, on_disk: bool) -> None:
+@pytest.mark.parametrize("kind", ["disk", "memory", "kept", "kept one"])
+def test_on_a_gpu_it_arrives_while_another_stream_computes(tmp_path: Path, kind: str) -> None:
     device = torch.device("cuda", 0)
-    store = DiskStore(tmp_path) if on_disk else MemoryStore()
+    store: Store = MemoryStore() if kind == "memory" else DiskStore(tmp_path)
+    if kind.startswith("kept"):
+        cache_nbytes = 1 << 28 if kind == "kept" else 1 << 23  # room for all three, or for one
+        store = TieredStore(store, cache_nbytes, kept_buffers(device, 1 << 28))
     videos = VideoStore(store)
     tokens = 20_000
     kvs = [make_kv(tokens, seed=seed, positions=seed == 1) for seed in range(3)]
