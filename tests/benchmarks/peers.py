@@ -5,10 +5,12 @@ For videos of several lengths, on the same weights (Qwen2.5-VL, random or those 
 - ``prefill``: transformers' ``generate``, to which every question is the whole video again;
 - ``resident``: what prefix caching gives at best, the whole uncompressed KVs on the device, question by question;
 - ``from disk``: those KVs read from a file (of the page cache, if it fits) for a question;
+- ``transformers serve``: transformers' own server, asked over HTTP, which reads and prefills the file each time; once
+  with the few frames that it takes by itself, once with as many as this server takes;
 - ``x2l``: ``x2l serve`` with a follow-up question, its detailed chunks read from the disk store every time.
 
-Times are to the first token, medians of ``--repeats``; transformers gets the video's frames decoded already, at the
-same size. The file is written anew after every length.
+Times are to the first token, medians of ``--repeats``; transformers' ``generate`` gets the video's frames decoded
+already, at the same size. The file is written anew after every length.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from openai import OpenAI
 from random_checkpoint import write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers_serve import TransformersServe, version, why_not
 
 from server.bench.circumstances import circumstances
 from server.models.base import Turn
@@ -44,6 +47,7 @@ from server.video.reader import Sampling, VideoLimits, VideoReader
 
 QUESTION = "What happens right after the red car has gone, and how often is it seen?"
 NUM_NEW = 32
+LONGEST_SERVED = 20
 
 
 def main() -> None:
@@ -54,8 +58,20 @@ def main() -> None:
     parser.add_argument(
         "--size", default=f"{WIDTH}x{HEIGHT}x{FPS}", help="of the video: width, height, frames a second"
     )
+    parser.add_argument(
+        "--serve-minutes",
+        type=int,
+        nargs="*",
+        help=f"those of --minutes that transformers serve is asked about [up to {LONGEST_SERVED}]",
+    )
+    parser.add_argument("--serve-limit-s", type=float, default=120.0, help="most that one answer of it may take")
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
     given = parser.parse_args()
+    served = given.serve_minutes
+    if served is None:
+        served = [minutes for minutes in given.minutes if minutes <= LONGEST_SERVED]
+    if not set(served) <= set(given.minutes):
+        parser.error("--serve-minutes must be among --minutes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result: dict[str, Any] = circumstances("python", sys.argv[0], bundled=False)
     result |= {"gpu": ask_gpu("name,driver_version,memory.total") if device == "cuda" else None, "lengths": []}
@@ -78,6 +94,17 @@ def main() -> None:
                 peer = makers.submit(transformers_alone, model, video, device, folder, given.repeats).result()
                 result["lengths"].append({"minutes": minutes, "transformers": peer})
                 print(to_json(result["lengths"][-1]), flush=True)
+                write(result, given.out)
+        # The processes above are gone: what they held of the GPU is free.
+        result["transformers_serve"] = why_not() or version()
+        with TransformersServe(model.resolve(), folder, given.serve_limit_s) as peer_server:
+            for entry in result["lengths"]:
+                if entry["minutes"] not in served or why_not():
+                    continue
+                video = folder / f"{entry['minutes']}.mp4"
+                found = peer_server.measure(video, entry["minutes"], QUESTION, 1 + NUM_NEW, given.repeats)
+                entry["transformers_serve"] = found
+                print(to_json({"minutes": entry["minutes"], "transformers_serve": found}), flush=True)
                 write(result, given.out)
         with serving("--model", str(model), "--gpu-low-kv-budget", "0") as live, live.client() as client:
             for entry in result["lengths"]:
@@ -208,11 +235,13 @@ def with_server(client: OpenAI, video: Path, repeats: int) -> dict[str, Any]:
 def ratios(entry: dict[str, Any]) -> dict[str, float | None]:
     """How many times more transformers takes than the server."""
     peer, own = entry["transformers"], entry["x2l"]
+    served = {name: found.get("ttft_s") for name, found in entry.get("transformers_serve", {}).items()}
     return {
         **{
             name: round(peer[name] / own["ttft_s"], 1)
             for name in ("prefill_ttft_s", "resident_ttft_s", "from_disk_ttft_s")
         },
+        **{f"serve_{name}_ttft_s": round(took_s / own["ttft_s"], 1) for name, took_s in served.items() if took_s},
         "ms_per_token": round(peer["resident_ms_per_token"] / own["ms_per_token"], 2) if own["ms_per_token"] else None,
         "resident_nbytes": round(peer["kv_nbytes"] / own["resident_nbytes"], 1),
     }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -31,6 +32,34 @@ SPECIALS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+PREPROCESSING = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "max_pixels": 12_845_056,
+    "image_mean": OPENAI_CLIP_MEAN,
+    "image_std": OPENAI_CLIP_STD,
+}
+"""As published with Qwen2.5-VL."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Gives the same prompts as Qwen2.5-VL's own. The server here has its own; other software takes the folder's."""
 STD = 0.02
 SHARD_NBYTES = 2 << 30
 NUM_WRITERS = 8
@@ -170,6 +199,8 @@ def _write_qwen2_5_vl(folder: Path, num_layers: int, ids: Mapping[str, int]) -> 
         tie_word_embeddings=False,
     )
     config.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     return {_published(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
