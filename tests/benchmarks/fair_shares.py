@@ -1,8 +1,9 @@
 """Do streams go on while a long video is prefilled? ``python tests/benchmarks/fair_shares.py [--out RESULT.json]``
 
 Starts ``x2l serve`` and asks about a short video without end, several streams at a time. The time between two tokens of
-one stream is taken when nothing else runs, and then while a long video is prefilled; the seconds of that prefill are
-taken beside the streams, and alone. Prints and writes p50 and p99 of both, and the ratios.
+one stream is taken when nothing else runs, and then while a long video is prefilled, in several windows of the same
+length one after the other; the seconds of that prefill are taken beside the streams, and alone. Prints and writes p50
+and p99 of both, and the ratios.
 
 With ``--family`` the model is a random checkpoint of the published 7B sizes, which is made first.
 """
@@ -114,15 +115,17 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def measure(live: Live, given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """One row a repeat. Every repeat prefills the same long video twice; in between it is deleted."""
+    """One row a window. Every repeat prefills the same long video twice; in between it is deleted."""
     rows = []
     with live.client() as client:
         model = client.models.list().data[0].id
         short, _ = prefill(client, folder / "short.mp4", given.fps, given.patience_s)
         for repeat in range(-1, given.repeats):  # the first one warms up
             long = folder / ("short-too.mp4" if repeat < 0 else "long.mp4")
-            file_id, alone_s = prefill(client, long, given.fps, given.patience_s)
-            client.files.delete(file_id)
+            alone_s = None
+            if given.alone or repeat < 0:
+                file_id, alone_s = prefill(client, long, given.fps, given.patience_s)
+                client.files.delete(file_id)
             with Streams(live, model, short, given.streams, given.max_tokens) as streams:
                 time.sleep(1.0)
                 begin_s = time.perf_counter()
@@ -132,16 +135,25 @@ def measure(live: Live, given: argparse.Namespace, folder: Path) -> list[dict[st
                 end_s = time.perf_counter()
             client.files.delete(file_id)
             if repeat >= 0:
-                idle_ms, busy_ms = streams.gaps_ms(begin_s, middle_s), streams.gaps_ms(middle_s, end_s)
-                rows.append(row(idle_ms, busy_ms, middle_s - begin_s, end_s - middle_s, alone_s, beside_s))
-                print(to_json(rows[-1]), flush=True)
+                idle_ms = streams.gaps_ms(begin_s, middle_s)
+                window_s = (end_s - middle_s) / given.windows
+                for window in range(given.windows):
+                    start_s = middle_s + window * window_s
+                    busy_ms = streams.gaps_ms(start_s, start_s + window_s)
+                    rows.append(row(idle_ms, busy_ms, middle_s - begin_s, window_s, alone_s, beside_s))
+                    print(to_json(rows[-1]), flush=True)
     return rows
 
 
 def row(
-    idle_ms: Sequence[float], busy_ms: Sequence[float], idle_s: float, busy_s: float, alone_s: float, beside_s: float
+    idle_ms: Sequence[float],
+    busy_ms: Sequence[float],
+    idle_s: float,
+    busy_s: float,
+    alone_s: float | None,
+    beside_s: float,
 ) -> dict[str, Any]:
-    """What one repeat has found."""
+    """What one window has found."""
     found: dict[str, Any] = {}
     for name, gaps_ms, took_s in (("idle", idle_ms, idle_s), ("beside_prefill", busy_ms, busy_s)):
         found[f"{name}_tokens"] = len(gaps_ms)
@@ -151,11 +163,9 @@ def row(
         found[f"{name}_most_ms"] = gaps_ms[-1]
     for percent in (50, 99):
         found[f"p{percent}_ratio"] = found[f"beside_prefill_p{percent}_ms"] / found[f"idle_p{percent}_ms"]
-    found |= {
-        "prefill_alone_s": alone_s,
-        "prefill_beside_streams_s": beside_s,
-        "prefill_ratio": beside_s / alone_s,
-    }
+    found["prefill_beside_streams_s"] = beside_s
+    if alone_s is not None:
+        found |= {"prefill_alone_s": alone_s, "prefill_ratio": beside_s / alone_s}
     return {name: round(value, 3) for name, value in found.items()}
 
 
@@ -191,6 +201,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="to measure the idle server")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=1, help="that the prefill beside the streams is cut into")
+    parser.add_argument("--no-alone", dest="alone", action="store_false", help="without the prefill alone")
     parser.add_argument("--patience-s", type=float, default=3600.0, help="for a prefill")
     parser.add_argument("--serve", default="", help="more options of x2l serve, in one string")
     given = parser.parse_args()
@@ -210,7 +222,7 @@ def main() -> None:
         "minutes": given.minutes,
         "medians": medians,
         "target": {"p99_ratio": MOST_RATIO, "met": medians["p99_ratio"] <= MOST_RATIO},
-        "repeats": rows,
+        "windows": rows,
     }
     write(result, given.out)
     columns = ("p50 ms", "p99 ms", "most ms", "tokens/s")
@@ -218,7 +230,7 @@ def main() -> None:
     table = {name: [medians[f"{name}_{kind}"] for kind in kinds] for name in ("idle", "beside_prefill")}
     print_table("between two tokens", columns, table)
     names = ("prefill_alone_s", "prefill_beside_streams_s", "prefill_ratio", "p50_ratio", "p99_ratio")
-    print_table("ratios", ("median",), {name: [medians[name]] for name in names})
+    print_table("ratios", ("median",), {name: [medians[name]] for name in names if name in medians})
 
 
 if __name__ == "__main__":
