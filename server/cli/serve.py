@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 from collections.abc import Callable
@@ -42,6 +43,9 @@ def serve(**options: Any) -> None:
             plan(settings, backend.model, backend.engine.options) | {"address": server.address}
         ).items():
             print(f"{name:10} {value}", flush=True)
+        # What is there by now stays: to look through it for garbage would hold up every thread for 100 ms and more.
+        gc.collect()
+        gc.freeze()
         server.serve_forever()
     finally:
         backend.close()

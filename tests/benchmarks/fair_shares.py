@@ -17,9 +17,12 @@ import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -31,72 +34,80 @@ from openai import OpenAI
 from random_checkpoint import FAMILIES, write_checkpoint
 
 from server.bench.circumstances import circumstances
+from server.bench.serving.asker import Ask, Asker
 
 WIDTH, HEIGHT, FPS = 320, 180, 10
 QUESTION = "Tell everything that is seen in the video, from the beginning to the end, whatever it may be."
-TEMPERATURE = 2.0
-"""So that the bundled model, whose answers are a few words, goes on for longer."""
 MOST_RATIO = 2.0
 
 
 class Streams:
-    """Asks again and again, ``number`` streams at a time, from entering to leaving."""
+    """Asks again and again, ``number`` streams at a time, from entering to leaving: in a process of its own, so that
+    nothing else comes between two tokens but the server."""
 
-    def __init__(self, live: Live, model: str, file_id: str, number: int, max_tokens: int) -> None:
-        self._live, self._model, self._file_id, self._max_tokens = live, model, file_id, max_tokens
-        self._stop = threading.Event()
+    def __init__(self, live: Live, file_id: str, number: int, max_tokens: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._begun, self._stop = context.Event(), context.Event()
+        self._receiver, sender = context.Pipe(duplex=False)
+        signals = self._begun, self._stop, sender
+        self._process = context.Process(target=read_streams, args=(live.url, file_id, number, max_tokens, *signals))
         self._gaps: list[tuple[float, float]] = []
-        """When a token came, and the seconds since the one before it."""
-        self._errors: list[Exception] = []
-        self._threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(number)]
 
     def __enter__(self) -> Streams:
-        for thread in self._threads:
-            thread.start()
+        self._process.start()
+        while not self._begun.wait(0.1):
+            if not self._process.is_alive():
+                raise SystemExit("the streams have failed")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._gaps = self._receiver.recv()
+        self._process.join()
 
     def gaps_ms(self, begin_s: float, end_s: float) -> list[float]:
-        """Sorted; of the tokens that came between two times."""
-        if self._errors:
-            raise self._errors[0]
-        return sorted(gap_s * 1000 for at_s, gap_s in list(self._gaps) if begin_s <= at_s < end_s)
+        """Sorted; of the tokens that came between two times. Once the streams are over."""
+        return sorted(gap_s * 1000 for at_s, gap_s in self._gaps if begin_s <= at_s < end_s)
 
-    def _ask(self, seed: int) -> None:
-        try:
-            with self._live.client() as client:
-                while not self._stop.is_set():
-                    self._read(client, seed)
-                    seed += 1000
-        except Exception as error:
-            self._errors.append(error)
 
-    def _read(self, client: OpenAI, seed: int) -> None:
-        parts: list[Any] = [
-            {"type": "file", "file": {"file_id": self._file_id}},
-            {"type": "text", "text": QUESTION},
-        ]
-        last_s = 0.0
-        with client.chat.completions.create(
-            model=self._model,
-            messages=[{"role": "user", "content": parts}],
-            max_tokens=self._max_tokens,
-            temperature=TEMPERATURE,
-            seed=seed,
-            stream=True,
-        ) as stream:
-            for chunk in stream:
-                if chunk.choices and chunk.choices[0].delta.content:
-                    now_s = time.perf_counter()
-                    if last_s:
-                        self._gaps.append((now_s, now_s - last_s))
-                    last_s = now_s
-                if self._stop.is_set():
-                    return
+def read_streams(
+    url: str, file_id: str, number: int, max_tokens: int, begun: Event, stop: Event, sender: Connection
+) -> None:
+    """Until ``stop``; sends when every token came, and the seconds since the one before it in its stream. ``begun`` is
+    set once all streams have begun."""
+    gaps: list[tuple[float, float]] = []
+    num_begun = 0
+
+    def read(asker: Asker) -> None:
+        nonlocal num_begun
+        while not stop.is_set():
+            last_s = 0.0
+
+            def on_text() -> None:
+                nonlocal last_s, num_begun
+                now_s = time.perf_counter()
+                if last_s:
+                    gaps.append((now_s, now_s - last_s))
+                else:
+                    num_begun += 1
+                    if num_begun == number:
+                        begun.set()
+                last_s = now_s
+                if stop.is_set():
+                    raise StoppedError
+
+            with suppress(StoppedError):
+                asker.ask(Ask(file_id, QUESTION, max_tokens), on_text)
+
+    with Asker(url) as asker, ThreadPoolExecutor(number) as threads:
+        reading = [threads.submit(read, asker) for _ in range(number)]
+        for each in reading:
+            each.result()
+    sender.send(gaps)
+
+
+class StoppedError(Exception):
+    """Nobody reads a stream any more."""
 
 
 def prefill(client: OpenAI, path: Path, fps: float, patience_s: float) -> tuple[str, float]:
@@ -118,7 +129,6 @@ def measure(live: Live, given: argparse.Namespace, folder: Path) -> list[dict[st
     """One row a window. Every repeat prefills the same long video twice; in between it is deleted."""
     rows = []
     with live.client() as client:
-        model = client.models.list().data[0].id
         short, _ = prefill(client, folder / "short.mp4", given.fps, given.patience_s)
         for repeat in range(-1, given.repeats):  # the first one warms up
             long = folder / ("short-too.mp4" if repeat < 0 else "long.mp4")
@@ -126,7 +136,7 @@ def measure(live: Live, given: argparse.Namespace, folder: Path) -> list[dict[st
             if given.alone or repeat < 0:
                 file_id, alone_s = prefill(client, long, given.fps, given.patience_s)
                 client.files.delete(file_id)
-            with Streams(live, model, short, given.streams, given.max_tokens) as streams:
+            with Streams(live, short, given.streams, given.max_tokens) as streams:
                 time.sleep(1.0)
                 begin_s = time.perf_counter()
                 time.sleep(given.seconds if repeat >= 0 else 1.0)
@@ -209,7 +219,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="x2l-shares-") as name:
         folder = Path(name)
         options = prepare(given, folder)
-        with serving(*options, *shlex.split(given.serve)) as live:
+        with serving(*options, "--max-tokens", "100000", *shlex.split(given.serve)) as live:
             shutil.rmtree(folder / "model", ignore_errors=True)  # nothing of the model hangs on its files
             rows = measure(live, given, folder)
             plan = dict(live.plan)
