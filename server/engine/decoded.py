@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compression.chunk import Chunk
 from server.models.base import VideoModel
-from server.models.device import pinned
+from server.models.device import Arriving
 from server.video.frames import Frames
 
 THUMBNAIL_WIDTH = 320
@@ -22,10 +22,10 @@ THUMBNAIL_WIDTH = 320
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One chunk on its way to the model; ``pixels`` as :meth:`VideoModel.preprocess` makes them."""
+    """One chunk on its way to the model; ``pixels`` as :meth:`VideoModel.preprocess` makes them, on its device."""
 
     chunk: Chunk
-    pixels: Tensor
+    pixels: Arriving
     times_s: NDArray[np.float64]
     thumbnail: bytes
 
@@ -50,7 +50,8 @@ def collect(batches: Iterable[Frames], plan: Sequence[Chunk], model: VideoModel)
             start = stop
             if num_frames == chunk.num_frames:
                 pixels, times_s = zip(*parts, strict=True)
-                yield Decoded(chunk, pinned(torch.cat(pixels), model.device), np.concatenate(times_s), thumbnail)
+                whole = Arriving.at(model.device, torch.cat(pixels))
+                yield Decoded(chunk, whole, np.concatenate(times_s), thumbnail)
                 parts, num_frames = [], 0
                 chunk = next(waiting, chunk)
 

@@ -228,7 +228,7 @@ class Ingest:
         if isinstance(item, _Stored):
             self._restore(item, self._prefill)
         else:
-            features = yield from self._model.encoding(to_device(item.pixels, self._model.device), item.times_s)
+            features = yield from self._model.encoding(item.pixels.take(), item.times_s)
             yield
             low, high = yield from self._prefill.appending(features, last=last)
             self._write(item, low, high)

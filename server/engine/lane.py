@@ -52,7 +52,10 @@ class Lane:
         """The times of the last chunk that was computed: those of the next one's slices will be about the same."""
 
     def run(self, ingest: Ingest, room_s: float) -> None:
-        """One slice, and as many more of the same chunk as are expected to end within ``room_s`` with it."""
+        """One slice, and as many more of the same chunk as are expected to end within ``room_s`` with it; none where
+        nobody waits for the end of the step. Then a GPU is not asked for more than it needs."""
+        while not room_s and len(self._pending) >= _IN_FLIGHT:
+            self._take(wait=True)
         expected_s = self._expected_s(ingest)
         self._run(ingest)
         while ingest.within_chunk and (expected_s := expected_s + self._expected_s(ingest)) <= room_s:
@@ -71,8 +74,6 @@ class Lane:
         return last[place] if place < len(last) else max(last, default=float("inf"))
 
     def _run(self, ingest: Ingest) -> None:
-        while len(self._pending) >= _IN_FLIGHT:
-            self._take(wait=True)
         chunk = self._chunk
         begin = self._mark()
         computed = ingest.step()

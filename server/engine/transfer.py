@@ -15,6 +15,7 @@ from torch import Tensor
 from compression.kv import ChunkKV
 from compression.segments import RotatedKV
 from kvstore.base import NewBuffer, new_buffer
+from server.models.device import await_on_device
 
 Unread = TypeVar("Unread")
 
@@ -34,13 +35,8 @@ class Arrival:
 
     def take(self) -> ChunkKV | RotatedKV:
         """The L-KV, for the calling thread's stream; on a GPU that waits for it, while the thread goes on."""
-        if self.ready is not None:
-            stream = torch.cuda.current_stream(self.kv.keys.device)
-            stream.wait_event(self.ready)
-            positions = self.kv.positions if isinstance(self.kv, ChunkKV) else None
-            for tensor in (self.kv.keys, self.kv.values, positions):
-                if tensor is not None:
-                    tensor.record_stream(stream)  # its memory must outlive what that stream does with it
+        positions = self.kv.positions if isinstance(self.kv, ChunkKV) else None
+        await_on_device(self.ready, self.kv.keys, self.kv.values, *([] if positions is None else [positions]))
         return self.kv
 
 

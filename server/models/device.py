@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -21,9 +25,56 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def indices(mask: Tensor, device: torch.device) -> Tensor:
-    """int64 [n] on ``device``: where ``mask`` [tokens], on the CPU, is True. A mask on a GPU would be waited for, to
-    tell how many there are."""
-    return to_device(mask.nonzero()[:, 0], device)
+    """int64 [n] on ``device``: where ``mask`` [tokens], bool on the CPU, is True; nobody writes to it. A mask on a GPU
+    would be waited for, to tell how many there are."""
+    return _indices(mask.numpy().tobytes(), device)
+
+
+@lru_cache(maxsize=64)
+def kept(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [n] on ``device``, brought there once; nobody writes to it."""
+    with torch.inference_mode(False):  # whoever asks next may be training
+        return to_device(torch.tensor(values), device)
+
+
+@lru_cache(maxsize=64)
+def _indices(mask: bytes, device: torch.device) -> Tensor:
+    """Kept, because the chunks of a video are masked alike."""
+    with torch.inference_mode(False):
+        return to_device(torch.frombuffer(bytearray(mask), dtype=torch.bool).nonzero()[:, 0], device)
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """A tensor on its way to a device."""
+
+    tensor: Tensor
+    ready: torch.cuda.Event | None
+
+    @classmethod
+    def at(cls, device: torch.device, tensor: Tensor) -> Self:
+        """Brings there what lies on the CPU, on a stream of its own: nobody's work stands behind the copy."""
+        if device.type != "cuda":
+            return cls(tensor, None)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            return cls(to_device(tensor, device), stream.record_event())
+
+    def take(self) -> Tensor:
+        """The tensor, for the calling thread's stream; see :func:`await_on_device`."""
+        await_on_device(self.ready, self.tensor)
+        return self.tensor
+
+
+def await_on_device(ready: torch.cuda.Event | None, *tensors: Tensor) -> None:
+    """Makes the calling thread's stream wait for ``tensors``, which are there with ``ready``, while the thread goes
+    on."""
+    if ready is None:
+        return
+    stream = torch.cuda.current_stream(tensors[0].device)
+    stream.wait_event(ready)
+    for tensor in tensors:
+        tensor.record_stream(stream)  # its memory must outlive what that stream does with it
 
 
 def asked_so_far(device: torch.device) -> torch.cuda.Event | None:

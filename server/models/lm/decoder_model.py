@@ -171,7 +171,8 @@ class DecoderModel(VideoModel):
 
 def stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:
     """Every layer's keys and values, of the tokens where ``kept``, on the CPU, is True (None: all of them)."""
-    choose = slice(None) if kept is None else indices(kept, projected[0][1].device)
-    keys = torch.stack([k[:, choose] for _, k, _ in projected])
-    values = torch.stack([v[:, choose] for _, _, v in projected])
+    keys, values = (torch.stack([layer[place] for layer in projected]) for place in (1, 2))
+    if kept is not None:
+        choose = indices(kept, keys.device)
+        keys, values = keys.index_select(2, choose), values.index_select(2, choose)
     return ChunkKV(keys, values, level, ratio)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from server.models.device import to_device
-from server.models.families.patches import resize
+from server.models.device import kept
 from server.models.slices import Slices, through, whole
 from server.video.frames import Frames
 
@@ -28,6 +29,7 @@ CLIP_L_14_336: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
 }
 """Kept in code, because a checkpoint's ``mm_vision_tower`` may be a private path."""
+_RESIZING_THREADS = 2
 
 
 class ClipEncoder(nn.Module):
@@ -72,7 +74,7 @@ class ClipEncoder(nn.Module):
         side, short = self.image_size, min(height, width)
         columns, rows = int(side * width / short), int(side * height / short)
         top, left = (rows - side) // 2, (columns - side) // 2
-        return resize(frames, (columns, rows))[:, :, top : top + side, left : left + side].contiguous()
+        return _resize(frames, (columns, rows))[:, :, top : top + side, left : left + side].contiguous()
 
     def forward(self, pixels: Tensor, times_s: NDArray[np.float64]) -> Tensor:
         """[T, 3, size, size], uint8 or normalized by :func:`normalize` -> [T * tokens_per_frame, hidden]; Video-XL
@@ -92,9 +94,19 @@ class ClipEncoder(nn.Module):
         return torch.flatten(functional.avg_pool2d(x, self.stride).flatten(2).transpose(1, 2), 0, 1)
 
 
+def _resize(frames: Frames, size: tuple[int, int]) -> Tensor:
+    """uint8 [T, H, W, 3] -> uint8 [T, 3, h, w], to a width and height, with PIL's bicubic filter, as CLIPImageProcessor
+    does it."""
+
+    def resized(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+    # PIL lets go of the interpreter for most of the time; more threads would be in the way of the one that answers.
+    with ThreadPoolExecutor(_RESIZING_THREADS) as threads:
+        return torch.from_numpy(np.stack(list(threads.map(resized, frames.pixels)))).permute(0, 3, 1, 2).contiguous()
+
+
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 [T, 3, h, w] -> float32, by CLIP's mean and deviation, rounded where CLIPImageProcessor rounds."""
-    mean, std = (
-        to_device(torch.tensor(each), pixels.device)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    )
+    mean, std = (kept(tuple(each), pixels.device)[:, None, None] for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return ((pixels.double() * (1 / 255)).float() - mean) / std

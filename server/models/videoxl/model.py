@@ -142,11 +142,12 @@ class VideoXLPrefill:
         low_ratio, high_ratio = self._compression.ratios(first=self._num_chunks == 0, last=last)
         self._begin_chunk(low_ratio, high_ratio)
         low = yield from self._compress(self._low, features, low_ratio, "low")
+        yield
         if self._high is self._low:
             high = replace(low, level="high")
         else:
-            yield
             high = yield from self._compress(self._high, features, high_ratio, "high")
+            yield
         self._remember(low, high)
         return low, high
 
@@ -190,6 +191,7 @@ class VideoXLPrefill:
                 f"the video needs more than the {model.spec.max_positions} positions of {model.spec.name}"
             )
         projected = yield from model.decoder.slices([Window(window, state.memory.cache, is_vst)])
+        yield
         return stack(projected, is_vst, level, ratio)
 
 

@@ -82,9 +82,8 @@ def test_a_sliver_of_an_image_takes_no_square_of_gigabytes(one_vision: OneVision
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> None:
-    """Within two of 255 levels, and equal nearly everywhere: the processors resize by torch, this server by PIL, which
-    rounds, and cuts off what a filter overshoots, in one direction before it goes on in the other. So they differ more
-    at a few hard edges of what is made larger one way and smaller the other."""
+    """Equal: both resize by the same function of torch's. On a processor without its vector instructions it may round
+    the other way here and there."""
     assert found.shape == expected.shape
     difference = np.abs(found.astype(int) - expected.astype(int))
-    assert (difference <= 2).mean() > 0.997 and difference.max() <= 12 and difference.mean() < 0.05
+    assert difference.max() <= 1 and difference.mean() < 0.01
