@@ -78,7 +78,8 @@ class EngineMetrics:
         }
         self.pass_seconds = self._seconds(
             "x2l_forward_seconds",
-            "Time of a forward pass with its draw: all decoding, or with a prompt",
+            "Time of a forward pass with its draw: all decoding (if asked for ahead, since the one before), or with a "
+            "prompt",
             "kind",
         )
         for name, text, value in (

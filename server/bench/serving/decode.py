@@ -51,8 +51,10 @@ def measure_decode(
 
     ``engine_ms_per_token`` is the window's wall time, less that of the forward passes with their draws
     (``x2l_forward_seconds``), over its tokens: scheduling, metrics, waiting for the interpreter, and what is not done
-    beside a pass of detokenizing and stop strings. ``http_ms_per_token`` is the CPU time of the thread behind HTTP,
-    also what of it ran beside a pass. So their sum may count a moment twice.
+    beside a pass of detokenizing and stop strings. Where steps are asked for ahead one is counted from the end of the
+    one before: what is left is when the device had nothing to do, which may be nothing but the ends of the window.
+    ``http_ms_per_token`` is the CPU time of the thread behind HTTP, also what of it ran beside a pass. So their sum may
+    count a moment twice.
     """
     picked = pick(videos, kv_tokens)
     num_tokens = _BASE_TOKENS + _TOKENS_A_ROW * batch

@@ -53,10 +53,13 @@ class Decoding:
         head_dim: int,
         max_positions: int,
         max_rows: int,
+        num_traced: int | None = None,
         use_graphs: bool = True,
     ) -> None:
-        """``model`` is on its device already; its layers are fused (:meth:`LanguageModel.fuse`)."""
+        """``model`` is on its device already; its layers are fused (:meth:`LanguageModel.fuse`). Prompts are traced in
+        its first ``num_traced`` layers (None: in all)."""
         self._model = model
+        self._num_traced = num_traced or len(model.layers)
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
         weight = model.embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
@@ -70,7 +73,7 @@ class Decoding:
         self._state = Mirror((_Row.NUM_FIELDS + 1, most), self._device)
         self._plan = Plan(most, self._device)
         # What comes out. With results of its own each of the many graphs would keep as much memory.
-        self._queries = weight.new_empty((len(model.layers), most, heads, head_dim))
+        self._queries = weight.new_empty((self._num_traced, most, heads, head_dim))
         num_drawn = max(self.max_rows, _PROMPT_ROWS // TILE)
         self._logits = weight.new_empty((num_drawn, len(model.head_weight)), dtype=torch.float32)
         self._tokens = torch.zeros(self.max_rows, dtype=torch.int64, device=self._device)
@@ -122,8 +125,8 @@ class Decoding:
 
     @torch.inference_mode()
     def trace(self, prompts: Sequence[tuple[Tensor, MixedCache]]) -> list[Tensor]:
-        """The queries [layers, heads, n, head_dim] before RoPE of ids [n] behind every cache, which does not advance;
-        if it :meth:`takes` them. Does not wait for the device."""
+        """The queries [traced layers, heads, n, head_dim] before RoPE of ids [n] behind every cache, which does not
+        advance; if it :meth:`takes` them. Does not wait for the device."""
         ends = self._fill_prompts(prompts)
         self._run(self._shape(ends[-1], TILE, traced=True))
         places = [slice(end - len(ids), end) for end, (ids, _) in zip(ends, prompts, strict=True)]
@@ -205,9 +208,10 @@ class Decoding:
         x = self._model.embed_tokens(ids)
         for index in range(len(self._model.layers)):
             layer, attend = self._model.layer(index), partial(batch.attend, index)
+            if shape.traced and index == self._num_traced - 1:  # of it the queries will do
+                self._queries[index, :num_rows] = layer.project(x, None)[0].transpose(0, 1)
+                return
             x = layer.step(x, attend) if isinstance(layer, FusedLayer) else _plain(layer, x, attend)
-        if shape.traced:
-            return
         if shape.tile > 1:
             x = x[lasts[: num_rows // shape.tile]]
         logits = self._logits[: len(x)]

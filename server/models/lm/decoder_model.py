@@ -114,6 +114,7 @@ class DecoderModel(VideoModel):
                 head_dim=spec.head_dim,
                 max_positions=spec.max_positions,
                 max_rows=max_rows,
+                num_traced=self.scorer.num_layers,
             )
             decoding.warm_up()
         except Exception:  # of a GPU, a driver or a compiler that they do not suit
@@ -128,11 +129,7 @@ class DecoderModel(VideoModel):
         prompts = [(row.ids, row.cache) for row in rows]
         if self._decoding is not None and self._decoding.takes(prompts):
             traced = self._decoding.trace(prompts)
-            num_layers = self.scorer.num_layers
-            return [
-                QueryTrace(queries[:num_layers], row.cache.next_position)
-                for queries, row in zip(traced, rows, strict=True)
-            ]
+            return [QueryTrace(queries, row.cache.next_position) for queries, row in zip(traced, rows, strict=True)]
         if len(rows) > 1:
             middle = len(rows) // 2
             return self.trace(rows[:middle]) + self.trace(rows[middle:])
