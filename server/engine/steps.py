@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from server.engine.question import Question
 from server.models.base import Drawn, StepDecoder
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,9 @@ class Steps:
         if wanting:
             try:
                 self._asked = self._ask(wanting)
-            except Exception:
+            except Exception as error:
                 # Whose fault it is shows when each is asked for alone; next, when what they begin with is known.
+                _log.warning("a step of %d rows has failed, each is tried alone: %s", len(wanting), error)
                 self._failed = True
         return [] if last is None else list(zip(last.questions, self._wait(last), strict=True))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +51,9 @@ class Reply:
 
 @contextlib.contextmanager
 def serving(*options: str, log: IO[str] | None = None) -> Iterator[Live]:
-    """``x2l serve`` on a free port with a disk store of its own; both are gone in the end. ``log`` gets its errors."""
+    """``x2l serve`` on a free port with a disk store of its own; both are gone in the end, also after SIGTERM. ``log``
+    gets its errors."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="x2l-benchmark-") as folder:
         try:
             with process.serving("--store", f"disk:{folder}/store", *options, log=log) as served:
