@@ -35,7 +35,7 @@ def read_image(data: bytes, max_pixels: int) -> Frames:
                 raise _too_large(f"{width} x {height}", max_pixels)
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise ImageError(f"{width} x {height} pixels are longer than {MAX_ASPECT} to 1", "image_too_long")
-            pixels = np.asarray(_rgb(ImageOps.exif_transpose(image)))
+            pixels = np.array(_rgb(ImageOps.exif_transpose(image)))  # its own: PIL's may not be written to
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large("these", max_pixels) from None
     except UnidentifiedImageError:

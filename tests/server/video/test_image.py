@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from server.video.image import ImageError, read_image
@@ -38,6 +39,7 @@ def test_formats(kind: str, options: dict[str, Any]) -> None:
     frames = read_image(encoded(two_colours(), kind, **options), PIXELS)
     assert (frames.pixels.dtype, frames.pixels.shape) == (np.uint8, (1, 40, 60, 3))
     assert frames.times_s.tolist() == [0.0]
+    assert len(torch.from_numpy(frames.pixels)) == 1, "which warns of memory that may not be written to"
     for found, true in zip(colours(encoded(two_colours(), kind, **options)), [(255, 0, 0), (0, 0, 255)], strict=True):
         assert np.abs(np.subtract(found, true)).max() <= 3
 
