@@ -225,7 +225,7 @@ class Engine:
         ingest, room_s = self._scheduler.prefill(plan)
         if ingest:
             self._lane.run(ingest, room_s)
-        return bool(plan or ingest or (self._steps is not None and self._steps.pending))
+        return bool(plan or ingest)
 
     # On the engine thread from here on, unless said otherwise.
 

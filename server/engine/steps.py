@@ -37,11 +37,6 @@ class Steps:
         self._failed = False
         self._end_s = 0.0
 
-    @property
-    def pending(self) -> bool:
-        """Whether tokens have been asked for."""
-        return self._asked is not None
-
     def turn(self, questions: Sequence[Question]) -> list[tuple[Question, int | Exception]]:
         """Asks for one more token of all ``questions`` that want one, and waits for those that were asked for in the
         last turn: the tokens, or in the place of one the error that has cost it."""
