@@ -44,6 +44,12 @@ def _indices(mask: bytes, device: torch.device) -> Tensor:
         return to_device(torch.frombuffer(bytearray(mask), dtype=torch.bool).nonzero()[:, 0], device)
 
 
+@lru_cache
+def _arrivals(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all: what goes leaves its memory to its own stream alone, and torch has 32."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True, slots=True)
 class Arriving:
     """A tensor on its way to a device."""
@@ -53,10 +59,10 @@ class Arriving:
 
     @classmethod
     def at(cls, device: torch.device, tensor: Tensor) -> Self:
-        """Brings there what lies on the CPU, on a stream of its own: nobody's work stands behind the copy."""
+        """Brings there what lies on the CPU, beside all other work: nothing else stands behind the copy."""
         if device.type != "cuda":
             return cls(tensor, None)
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = _arrivals(device)
         with torch.cuda.stream(stream):
             return cls(to_device(tensor, device), stream.record_event())
 
