@@ -14,7 +14,7 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.image_utils import ChannelDimension
 
 from server.models import chatml
-from server.models.device import to_device
+from server.models.device import kept
 from server.models.families.decoder import read_rope
 from server.models.families.folder import TransformersFolder
 from server.models.families.hints import Hints
@@ -71,7 +71,7 @@ class OneVisionTower(nn.Module):
         self._aspect_ratio: str = inner.config.vision_aspect_ratio
 
     def preprocess(self, frames: Frames) -> Tensor:
-        """See :meth:`VisionTower.preprocess`: uint8, stretched to a square with PIL's bicubic filter."""
+        """See :meth:`VisionTower.preprocess`: uint8, stretched to a square with a bicubic filter."""
         return resize(frames, (self.settings.size, self.settings.size))
 
     def num_tokens(self, num_frames: int, width: int, height: int) -> int:
@@ -134,10 +134,8 @@ class OneVisionTower(nn.Module):
         return Layout()
 
     def _normal(self, pixels: Tensor) -> Tensor:
-        mean, std = (
-            to_device(torch.tensor(each), pixels.device)[:, None, None]
-            for each in (self.settings.mean, self.settings.std)
-        )
+        settings = self.settings
+        mean, std = (kept(each, pixels.device)[:, None, None] for each in (settings.mean, settings.std))
         return ((pixels.float() / 255 - mean) / std).to(self.newline.dtype)
 
 
