@@ -1,4 +1,4 @@
-"""A decoding step or a short prompt on a GPU: one CUDA graph over shared KVs, from token ids to token ids."""
+"""A decoding step or a short prompt on a GPU: one CUDA graph over shared KVs, from ids to logits; then the draw."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Decoding:
         for row in rows:
             row.cache.reserve(1)
         self._fill([[_Row(row.cache, 0, row.token, row.source, row.draw)] for row in rows], 1)
-        self._run(self._shape(len(rows), 1, truncated=any(row.draw.truncated for row in rows)))
-        drawn = DrawnTokens(self._tokens[: len(rows)], self._logits[: len(rows)])
+        self._run(self._shape(len(rows), 1))
+        drawn = self._draw(rows)
         for row in rows:
             row.cache.advance(1)
         return drawn
@@ -163,12 +163,12 @@ class Decoding:
             state[_Row.NUM_FIELDS, : len(ends)] = torch.tensor(ends) - 1
         self._state.upload()
 
-    def _shape(self, num_rows: int, tile: int, *, traced: bool = False, truncated: bool = False) -> _Shape:
+    def _shape(self, num_rows: int, tile: int, *, traced: bool = False) -> _Shape:
         """Of the graph for what is in the buffers."""
-        return _Shape(1 << (num_rows - 1).bit_length(), self._plan.capacity, tile, traced, truncated)
+        return _Shape(1 << (num_rows - 1).bit_length(), self._plan.capacity, tile, traced)
 
     def _run(self, shape: _Shape) -> None:
-        """The tokens and logits, or only the queries, of what is in the buffers."""
+        """The logits, or only the queries, of what is in the buffers."""
         if self._use_graphs and shape not in self._graphs:
             try:
                 self._capture(shape)
@@ -182,12 +182,10 @@ class Decoding:
             self._compute(shape)
 
     def _capture(self, shape: _Shape) -> None:
-        drawn = self._tokens.clone()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and makes the libraries' handles
             self._compute(shape)
-            self._tokens.copy_(drawn)  # what is to be computed in earnest may begin with them
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -198,9 +196,7 @@ class Decoding:
     def _compute(self, shape: _Shape) -> None:
         """Nothing in here depends on what is in the buffers, nor waits for the device."""
         num_rows = shape.num_rows
-        ids, sources, positions, lengths, seeds, temperature_bits, top_k, top_p_bits, lasts = self._state.device[
-            :, :num_rows
-        ]
+        ids, sources, positions, lengths, *_, lasts = self._state.device[:, :num_rows]
         if shape.tile == 1:
             ids = torch.where(sources > 0, self._tokens[(sources - 1).clamp(min=0)], ids)
         trace = self._queries if shape.traced else None
@@ -214,16 +210,21 @@ class Decoding:
             x = layer.step(x, attend) if isinstance(layer, FusedLayer) else _plain(layer, x, attend)
         if shape.tile > 1:
             x = x[lasts[: num_rows // shape.tile]]
-        logits = self._logits[: len(x)]
-        logits.copy_(linear(self._model.norm(x), self._model.head_weight))
-        if shape.tile > 1:  # whoever asked draws
-            return
-        temperatures = temperature_bits.view(torch.float64).float()
-        if shape.truncated:
-            scaled = logits / torch.where(temperatures > 0, temperatures, 1)[:, None]
-            logits.masked_fill_(dropped(scaled, top_k, top_p_bits.view(torch.float64).float()), -torch.inf)
-        kernels.perturb(logits, temperatures, seeds, positions)
-        torch.argmax(logits, -1, out=self._tokens[:num_rows])
+        self._logits[: len(x)].copy_(linear(self._model.norm(x), self._model.head_weight))
+
+    def _draw(self, rows: Sequence[Step]) -> DrawnTokens:
+        """The next tokens of a step's rows. In no graph, since there are many ways to draw: a GPU is still busy with
+        the graph before when it has been asked for all of this."""
+        _, _, positions, _, seeds, temperature_bits, top_k, top_p_bits, _ = self._state.device[:, : len(rows)]
+        tokens, logits = self._tokens[: len(rows)], self._logits[: len(rows)]
+        if any(row.draw.temperature for row in rows):
+            temperatures = temperature_bits.view(torch.float64).float()
+            if any(row.draw.truncated for row in rows):
+                scaled = logits / torch.where(temperatures > 0, temperatures, 1)[:, None]
+                logits.masked_fill_(dropped(scaled, top_k, top_p_bits.view(torch.float64).float()), -torch.inf)
+            kernels.perturb(logits, temperatures, seeds, positions)
+        torch.argmax(logits, -1, out=tokens)
+        return DrawnTokens(tokens, logits)
 
 
 class DrawnTokens:
@@ -246,14 +247,12 @@ class DrawnTokens:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """Of a graph. ``tile`` is how many rows a tile has; ``traced``: only the queries are wanted; ``truncated``: some
-    rows draw from a part of the tokens."""
+    """Of a graph. ``tile`` is how many rows a tile has; ``traced``: only the queries are wanted."""
 
     num_rows: int
     num_items: int
     tile: int
     traced: bool = False
-    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
