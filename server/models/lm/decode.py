@@ -91,6 +91,7 @@ class Decoding:
                     self._run(_Shape(num_tiles * tile, num_items, tile))
                     if tile > 1:
                         self._run(_Shape(num_tiles * tile, num_items, tile, traced=True))
+        self._draw([Draw(1.0, 0, 1, 0.5)]).wait()
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Step]) -> DrawnTokens:
@@ -99,7 +100,7 @@ class Decoding:
             row.cache.reserve(1)
         self._fill([[_Row(row.cache, 0, row.token, row.source, row.draw)] for row in rows], 1)
         self._run(self._shape(len(rows), 1))
-        drawn = self._draw(rows)
+        drawn = self._draw([row.draw for row in rows])
         for row in rows:
             row.cache.advance(1)
         return drawn
@@ -212,14 +213,14 @@ class Decoding:
             x = x[lasts[: num_rows // shape.tile]]
         self._logits[: len(x)].copy_(linear(self._model.norm(x), self._model.head_weight))
 
-    def _draw(self, rows: Sequence[Step]) -> DrawnTokens:
+    def _draw(self, draws: Sequence[Draw]) -> DrawnTokens:
         """The next tokens of a step's rows. In no graph, since there are many ways to draw: a GPU is still busy with
         the graph before when it has been asked for all of this."""
-        _, _, positions, _, seeds, temperature_bits, top_k, top_p_bits, _ = self._state.device[:, : len(rows)]
-        tokens, logits = self._tokens[: len(rows)], self._logits[: len(rows)]
-        if any(row.draw.temperature for row in rows):
+        _, _, positions, _, seeds, temperature_bits, top_k, top_p_bits, _ = self._state.device[:, : len(draws)]
+        tokens, logits = self._tokens[: len(draws)], self._logits[: len(draws)]
+        if any(draw.temperature for draw in draws):
             temperatures = temperature_bits.view(torch.float64).float()
-            if any(row.draw.truncated for row in rows):
+            if any(draw.truncated for draw in draws):
                 scaled = logits / torch.where(temperatures > 0, temperatures, 1)[:, None]
                 logits.masked_fill_(dropped(scaled, top_k, top_p_bits.view(torch.float64).float()), -torch.inf)
             kernels.perturb(logits, temperatures, seeds, positions)
