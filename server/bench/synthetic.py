@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,9 +101,9 @@ def making(
 ) -> Iterator[Callable[[SyntheticVideo], Path]]:
     """Has the missing ones made, in order, by ``num_processes`` (None: one a CPU) beside whatever else is done.
 
-    Yields a function that gives a video's path as soon as it is there; it raises what the making raised. On leaving
-    the processes are ended, and what they were at is made anew the next time. What a killed run was at goes as well.
-    Raises OSError for the folder.
+    Yields a function that gives a video's path as soon as it is there; it raises what the making raised, and
+    BrokenProcessPool where a process was killed. On leaving the processes are ended, and what they were at is made anew
+    the next time. What a killed run was at goes as well. Raises OSError for the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [video for video in videos if not video.is_made(folder)]
@@ -112,19 +113,22 @@ def making(
     processes = min(num_processes or os.cpu_count() or 1, len(missing))
     # Apart, because another run may be making the same.
     with closing(Spool(folder)) as apart:
-        pool = multiprocessing.get_context("spawn").Pool(processes, _start_worker)
+        others = multiprocessing.active_children()
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker)
+        results = {video: pool.submit(_make, video, apart.folder, folder) for video in missing}
+        makers = [child for child in multiprocessing.active_children() if child not in others]
         try:
-            results = {video: pool.apply_async(_make, (video, apart.folder, folder)) for video in missing}
 
             def path_of(video: SyntheticVideo) -> Path:
                 if video in results:
-                    results[video].get()
+                    results[video].result()
                 return folder / video.filename
 
             yield path_of
         finally:
-            pool.terminate()
-            pool.join()  # before their folder goes
+            for maker in makers:
+                maker.terminate()
+            pool.shutdown(cancel_futures=True)  # before their folder goes
 
 
 def make_missing(video: SyntheticVideo, folder: Path) -> Path:

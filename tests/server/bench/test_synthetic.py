@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import psutil
 import pytest
 
 from server.bench.synthetic import FIRST_SEED, SyntheticVideo, choose_videos, making
@@ -59,6 +61,20 @@ def test_leaving_early_ends_the_making_and_leaves_nothing(tmp_path: Path, capfd:
             time.sleep(0.01)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr().err == ""
+
+
+def test_a_maker_that_is_killed_is_told_of(tmp_path: Path) -> None:
+    others = psutil.Process().children(recursive=True)
+    video = SyntheticVideo(chunks=100, seed=1)
+    with making([video, SyntheticVideo(chunks=100, seed=2)], tmp_path) as path_of:
+        while not list(tmp_path.glob("*/*.part")):
+            time.sleep(0.01)
+        for child in psutil.Process().children(recursive=True):
+            if child not in others and "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+        with pytest.raises(BrokenProcessPool):
+            path_of(video)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_run_was_at_goes_with_the_next(tmp_path: Path) -> None:
