@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import select
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from server.video import errors, worker
 from server.video.errors import DecoderCrashed, VideoCancelled, VideoError, VideoTimeout, VideoTooLarge
+
+_log = logging.getLogger(__name__)
 
 DECODER_COMMAND = (sys.executable, "-I", str(Path(worker.__file__).resolve()))
 MAX_JSON_NBYTES = 4096
@@ -146,6 +149,7 @@ class DecoderProcess:
         if -status in (signal.SIGXCPU, signal.SIGALRM):
             return VideoTimeout("Decoding the video took more time than allowed.")
         reason = f"signal {-status}" if status < 0 else f"status {status}"
+        _log.warning("a video decoder ended with %s", reason)  # which need not be the video's fault
         return DecoderCrashed(f"The video decoder crashed on this file ({reason}).")
 
 
