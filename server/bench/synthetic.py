@@ -127,7 +127,7 @@ def making(
             yield path_of
         finally:
             for maker in makers:
-                maker.terminate()
+                maker.kill()  # it has nothing to clear up, and nothing can keep it from ending
             pool.shutdown(cancel_futures=True)  # before their folder goes
 
 
