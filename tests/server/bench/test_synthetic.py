@@ -10,6 +10,7 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import psutil
 import pytest
 
 from server.bench.synthetic import FIRST_SEED, SyntheticVideo, choose_videos, making
@@ -88,7 +89,9 @@ def test_what_a_killed_run_was_at_goes_with_the_next(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         while not list(tmp_path.glob("*/*.part")):
             time.sleep(0.01)
+        makers = psutil.Process(process.pid).children()
         process.kill()
+    assert makers and not psutil.wait_procs(makers, timeout=30)[1], "none lives on"
     video = SyntheticVideo(chunks=1, seed=2)
     with making([video], tmp_path, 1) as path_of:
         path = path_of(video)
