@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 
+import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -23,7 +25,7 @@ from server.api.context import Services
 from server.api.middleware import Auth, BodyLimit, CountRequests, RequestId
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.fit import check_budgets, default_resident_nbytes
+from server.engine.fit import check_budgets, default_kept_nbytes
 from server.engine.metrics import EngineMetrics
 from server.engine.options import EngineOptions
 from server.engine.pinned import kept_buffers
@@ -80,6 +82,10 @@ def open_backend(settings: Settings) -> Backend:
     except BaseException:
         store.close()
         raise
+    if model.device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+        # Beside a GPU the CPU moves frames and KVs, on several threads of ours. Torch would give each a pool of as many
+        # threads as there are cores, in the way of the one that tells the GPU what to do.
+        torch.set_num_threads(1)
     spool = Spool()
     options = _engine_options(settings, spool, model)
     backend = Backend(model, store, Engine(model, store, options), spool)
@@ -156,6 +162,7 @@ def _middleware(settings: Settings, metrics: EngineMetrics) -> list[Middleware]:
 
 
 def _engine_options(settings: Settings, spool: Spool, model: VideoModel) -> EngineOptions:
+    kept_nbytes = default_kept_nbytes(model.device)
     return EngineOptions(
         spool=spool.folder,
         max_batch=settings.max_batch,
@@ -166,8 +173,8 @@ def _engine_options(settings: Settings, spool: Spool, model: VideoModel) -> Engi
         keep_video=settings.keep_video,
         low_precision="exact" if settings.kv_dtype == "auto" else settings.kv_dtype,
         store_quota_bytes=settings.store_quota_bytes,
-        resident_nbytes=settings.gpu_kv_budget or default_resident_nbytes(model.device),
-        shared_low_nbytes=settings.gpu_low_kv_budget,
+        resident_nbytes=kept_nbytes if settings.gpu_kv_budget is None else settings.gpu_kv_budget,
+        shared_low_nbytes=kept_nbytes if settings.gpu_low_kv_budget is None else settings.gpu_low_kv_budget,
         prefetch_nbytes=settings.gpu_prefetch_budget,
         limits=VideoLimits(
             max_nbytes=settings.max_upload_bytes,

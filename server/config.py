@@ -61,8 +61,10 @@ class Settings(BaseSettings):
         ge=1,
         description="Room for small KVs on the device; default 2GiB, on a GPU an eighth of what is free if more.",
     )
-    gpu_low_kv_budget: ByteSize = Field(
-        ByteSize(2 * 2**30), ge=0, description="Room on a GPU for the detailed KVs that were re-loaded last."
+    gpu_low_kv_budget: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Room on a GPU for the detailed KVs that were re-loaded last; default as --gpu-kv-budget's.",
     )
     gpu_prefetch_budget: ByteSize = Field(
         ByteSize(2**29), ge=0, description="Room on a GPU for detailed KVs that are read ahead; 0: none are."

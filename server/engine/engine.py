@@ -222,9 +222,9 @@ class Engine:
         if rows:
             self._forward(rows)
         self._account(plan)
-        ingest, room_s = self._scheduler.prefill(plan)
+        ingest, room = self._scheduler.prefill(plan)
         if ingest:
-            self._lane.run(ingest, room_s)
+            self._lane.run(ingest, room)
         return bool(plan or ingest)
 
     # On the engine thread from here on, unless said otherwise.

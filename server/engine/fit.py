@@ -13,8 +13,8 @@ from server.models.base import TYPICAL_PIXELS, VideoModel
 from server.video.errors import VideoTooLarge
 from server.video.reader import Sampling, VideoInfo
 
-_RESIDENT_NBYTES, _RESIDENT_SHARE = 2 << 30, 8
-"""H-KVs on the device; of what is free, the part that is."""
+_KEPT_NBYTES, _KEPT_SHARE = 2 << 30, 8
+"""Of KVs of one level on the device; of what is free, the part that is."""
 _COMPUTING = 0.1
 """Of a GPU's memory: for passes, and for the caches of questions."""
 _MOST_CHUNKS = 1_000_000
@@ -72,11 +72,12 @@ def longest_in_memory(model: VideoModel, mode: str, memory_nbytes: int | None) -
     return (most - 1) * size
 
 
-def default_resident_nbytes(device: torch.device) -> int:
-    """Room for H-KVs where nobody says otherwise, once the model is on ``device``."""
+def default_kept_nbytes(device: torch.device) -> int:
+    """Room for H-KVs, and as much for L-KVs that were re-loaded, where nobody says otherwise, once the model is on
+    ``device``."""
     if device.type != "cuda":
-        return _RESIDENT_NBYTES
-    return max(_RESIDENT_NBYTES, torch.cuda.mem_get_info(device)[0] // _RESIDENT_SHARE)
+        return _KEPT_NBYTES
+    return max(_KEPT_NBYTES, torch.cuda.mem_get_info(device)[0] // _KEPT_SHARE)
 
 
 def free_nbytes(device: torch.device, options: EngineOptions) -> int | None:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from server.engine.ingest import Ingest
+from server.engine.scheduler import Room
 
 _IN_FLIGHT = 2
 """Slices that a GPU has before it at most: one to run, and one so that it need not wait for the next."""
@@ -19,9 +20,10 @@ _Mark = torch.cuda.Event | float
 
 @dataclass(slots=True)
 class _Chunk:
-    """One chunk's slices: how many were run, and the seconds of those that are known to have ended."""
+    """One chunk's slices: the seconds that it took to ask for each, and on the device those that are known to have
+    ended."""
 
-    num_run: int = 0
+    hosts_s: list[float] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
 
 
@@ -48,17 +50,22 @@ class Lane:
         self._pending: deque[_Slice] = deque()
         self._took_s = 0.0
         self._chunk = _Chunk()
-        self._last: WeakKeyDictionary[Ingest, list[float]] = WeakKeyDictionary()
-        """The times of the last chunk that was computed: those of the next one's slices will be about the same."""
+        self._last: WeakKeyDictionary[Ingest, _Chunk] = WeakKeyDictionary()
+        """The last chunk that was computed: the next one's slices will take about the same."""
 
-    def run(self, ingest: Ingest, room_s: float) -> None:
-        """One slice, and as many more of the same chunk as are expected to end within ``room_s`` with it; none where
-        nobody waits for the end of the step. Then a GPU is not asked for more than it needs."""
-        while not room_s and len(self._pending) >= _IN_FLIGHT:
+    def run(self, ingest: Ingest, room: Room | None) -> None:
+        """One slice, and as many more of the same chunk as are expected to have ``room`` with it; none more without,
+        where nobody waits for the end of the step. Then a GPU is not asked for more than it needs."""
+        while room is None and len(self._pending) >= _IN_FLIGHT:
             self._take(wait=True)
-        expected_s = self._expected_s(ingest)
+        begin_s = time.perf_counter()
+        expected_s, _ = self._expected_s(ingest)
         self._run(ingest)
-        while ingest.within_chunk and (expected_s := expected_s + self._expected_s(ingest)) <= room_s:
+        while room is not None and ingest.within_chunk:
+            more_s, host_s = self._expected_s(ingest)
+            expected_s += more_s
+            if expected_s > room.device_s or time.perf_counter() - begin_s + host_s > room.host_s:
+                break
             self._run(ingest)
 
     def collect(self) -> float:
@@ -67,18 +74,20 @@ class Lane:
         took_s, self._took_s = self._took_s, 0.0
         return took_s
 
-    def _expected_s(self, ingest: Ingest) -> float:
-        """Of the next slice: what the same one of the chunk before took; a first chunk's may take any time."""
-        last = self._last.get(ingest, [])
-        place = self._chunk.num_run
-        return last[place] if place < len(last) else max(last, default=float("inf"))
+    def _expected_s(self, ingest: Ingest) -> tuple[float, float]:
+        """Of the next slice, on the device and on this thread: what the same one of the chunk before took; a first
+        chunk's may take any time."""
+        last, place = self._last.get(ingest, _Chunk()), len(self._chunk.hosts_s)
+        if place < len(last.times_s):
+            return last.times_s[place], last.hosts_s[place]
+        return max(last.times_s, default=float("inf")), max(last.hosts_s, default=float("inf"))
 
     def _run(self, ingest: Ingest) -> None:
         chunk = self._chunk
-        begin = self._mark()
+        begin, begin_s = self._mark(), time.perf_counter()
         computed = ingest.step()
+        chunk.hosts_s.append(time.perf_counter() - begin_s)
         self._pending.append(_Slice(ingest, chunk, begin, self._mark(), computed))
-        chunk.num_run += 1
         if not ingest.within_chunk:
             self._chunk = _Chunk()
         self._take_ended()
@@ -103,7 +112,7 @@ class Lane:
         self._took_s += took_s
         first.chunk.times_s.append(took_s)
         if first.computed:
-            self._last[first.ingest] = first.chunk.times_s
+            self._last[first.ingest] = first.chunk
             self._on_chunk(sum(first.chunk.times_s))
         return True
 

@@ -24,6 +24,15 @@ class Plan:
         return bool(self.scored or self.prompts or self.decoding)
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """For slices of a prefill in a step: seconds of the device, and of the engine's thread, which has nothing else to
+    do while the device computes the questions' part."""
+
+    device_s: float
+    host_s: float
+
+
 class Scheduler:
     """The policy. Questions take a slot in order of arrival, and uploads take turns chunk by chunk.
 
@@ -46,6 +55,7 @@ class Scheduler:
         self._ingests: deque[Ingest] = deque()
         self._turn: Ingest | None = None
         self._earned_s = 0.0
+        self._questions_s = 0.0
 
     def add(self, question: Question) -> None:
         self._questions[question.id] = question
@@ -89,16 +99,18 @@ class Scheduler:
         if not plan:
             self._earned_s = 0.0
             return
+        self._questions_s = questions_s
         earned_s = questions_s * self._prefill_per_question_s
         # What could not be spent is no reason to hold the questions up for longer later on.
         self._earned_s = min(self._earned_s - prefill_s + earned_s, earned_s)
 
-    def prefill(self, plan: Plan) -> tuple[Ingest | None, float]:
-        """Whose slices follow a step's questions, and for how many seconds; 0 where one slice a step will do, because
-        nobody waits for the end of the step."""
+    def prefill(self, plan: Plan) -> tuple[Ingest | None, Room | None]:
+        """Whose slices follow a step's questions, and for how long; None where one slice a step will do, because nobody
+        waits for the end of the step."""
         if not plan:
-            return self._next_ingest(), 0.0
-        return (self._next_ingest() if self._earned_s > 0 else None), self._earned_s
+            return self._next_ingest(), None
+        room = Room(self._earned_s, max(self._earned_s, self._questions_s))
+        return (self._next_ingest() if self._earned_s > 0 else None), room
 
     def _next_ingest(self) -> Ingest | None:
         """The one whose turn it is, until its chunk ends; then the next that has something to do."""

@@ -12,8 +12,9 @@ T = TypeVar("T")
 Slices = Generator[None, None, T]
 """Work that pauses at every ``yield``, and its result. Whoever does not want it any more closes it."""
 
-_BLOCKS_A_SLICE = 4
-"""Of a vision tower: together they cost about as much as half a layer of the language model behind it."""
+_BLOCKS_A_SLICE = 2
+"""Of a vision tower: together they cost a GPU less than a layer of the language model behind it, and the thread that
+asks it for them about as much, where that has to do with the interpreter's other threads."""
 
 
 def whole(slices: Slices[T]) -> T:
@@ -28,7 +29,7 @@ def whole(slices: Slices[T]) -> T:
 
 def through(call: Callable[[], T], blocks: Sequence[nn.Module]) -> Slices[T]:
     """``call()``, which runs each of ``blocks`` once, in their order and each on the tensor that the one before gave:
-    with a pause after every few blocks.
+    with a pause before every few blocks.
 
     The code around the blocks is somebody else's, and cannot pause. So it runs twice: first past the blocks, which only
     note what else they are given, and at the end with what they have given by then.
@@ -43,7 +44,7 @@ def through(call: Callable[[], T], blocks: Sequence[nn.Module]) -> Slices[T]:
         call()
     made: list[Any] = []
     for (args, others), block in zip(given, blocks, strict=True):
-        if made and len(made) % _BLOCKS_A_SLICE == 0:
+        if len(made) % _BLOCKS_A_SLICE == 0:
             yield
         made.append(block(made[-1] if made else args[0], *args[1:], **others))
     outputs = iter(made)

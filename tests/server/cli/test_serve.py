@@ -11,7 +11,7 @@ from tiny_transformers import save_qwen2_5_vl
 from server.app import open_backend
 from server.cli.plan import longest_videos, plan
 from server.config import Settings
-from server.engine.fit import default_resident_nbytes
+from server.engine.fit import default_kept_nbytes
 from server.engine.options import EngineOptions
 from server.models.registry import load_model
 
@@ -69,7 +69,7 @@ def test_how_many_hours_have_room() -> None:
     for budget_nbytes, words in ((high_nbytes // 2, "30 minutes"), (2000 * high_nbytes, "2,000 hours")):
         assert f"about {words} on" in plan(settings, model, EngineOptions(resident_nbytes=budget_nbytes))["room"]
     with contextlib.closing(open_backend(Settings(store="memory://", device="cpu"))) as backend:
-        assert backend.engine.options.resident_nbytes == default_resident_nbytes(model.device) == 2 << 30
+        assert backend.engine.options.resident_nbytes == default_kept_nbytes(model.device) == 2 << 30
 
 
 def test_levels_that_are_alike_are_warned_of() -> None:

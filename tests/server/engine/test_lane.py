@@ -73,8 +73,11 @@ class Stream:
     id, phase, num_prompt_tokens = "stream", Phase.DECODE, 20
 
 
-SLICES_S = [(0.003, 0.002)] * 6 + [(0.0013, 0.001), (0.0006, 0.0006)] * 28 + [(0.003, 0.004)]
+LAYERS_S = [(0.0013, 0.001), (0.0006, 0.0006)] * 28
+SLICES_S = [(0.003, 0.002)] * 6 + LAYERS_S + [(0.003, 0.004)]
 """A chunk at 7B: vision tower, layers, what becomes of it. Telling a GPU takes about as long as it takes."""
+HELD_UP_S = [(0.0003, 0.004)] + [(0.0009, 0.003)] * 12 + LAYERS_S
+"""The same in more slices, when other threads of the interpreter are in the way of telling."""
 STEP_S, ASK_S, TELL_S = 0.006, 0.0008, 0.0004
 
 
@@ -93,10 +96,13 @@ def recorded(gpu: Gpu) -> Event:
     return event
 
 
+@pytest.mark.parametrize("slices_s", [SLICES_S, HELD_UP_S])
 @pytest.mark.parametrize("share", [0.2, 0.4])
-def test_streams_go_on_evenly_and_the_upload_gets_its_share(gpu: Gpu, share: float) -> None:
+def test_streams_go_on_evenly_and_the_upload_gets_its_share(
+    gpu: Gpu, share: float, slices_s: list[tuple[float, float]]
+) -> None:
     slices, policy = Lane(torch.device("cpu"), lambda took_s: None), Scheduler(max_batch=4, prefill_share=share)
-    upload: Any = Upload(gpu, SLICES_S)
+    upload: Any = Upload(gpu, slices_s)
     policy.add_ingest(upload)
     policy.add(Stream())  # type: ignore[arg-type]
     told_s: list[float] = []
@@ -113,14 +119,14 @@ def test_streams_go_on_evenly_and_the_upload_gets_its_share(gpu: Gpu, share: flo
         before_s, lap_s = lap_s, gpu.now_s
         prefill_s = slices.collect()
         policy.account(plan, max(0.0, lap_s - before_s - prefill_s), prefill_s)
-        ingest, room_s = policy.prefill(plan)
+        ingest, room = policy.prefill(plan)
         if ingest:
-            slices.run(ingest, room_s)
+            slices.run(ingest, room)
     gaps_s = sorted(end - begin for begin, end in pairwise(told_s[100:]))
-    even_s, longest_s = STEP_S / (1 - share), max(took_s for took_s, _ in SLICES_S)
+    even_s, longest_s = STEP_S / (1 - share), max(took_s for took_s, _ in slices_s)
     assert gaps_s[len(gaps_s) // 2] < 1.05 * even_s
     assert gaps_s[int(0.99 * len(gaps_s))] < max(1.1 * even_s, 1.01 * (STEP_S + longest_s))
-    assert upload.spent_s / gpu.now_s > 0.7 * share
+    assert upload.spent_s / gpu.now_s > 0.65 * share
 
 
 def test_alone_an_upload_keeps_the_gpu_busy_without_piling_up(gpu: Gpu) -> None:
@@ -128,7 +134,7 @@ def test_alone_an_upload_keeps_the_gpu_busy_without_piling_up(gpu: Gpu) -> None:
     upload: Any = Upload(gpu, [(took_s, took_s / 4) for took_s, _ in SLICES_S])
     most_s = 0.0
     for _ in range(500):
-        slices.run(upload, 0.0)
+        slices.run(upload, None)
         most_s = max(most_s, gpu.free_s - gpu.now_s)
     assert upload.spent_s > 0.98 * gpu.free_s
     assert most_s <= 2 * max(took_s for took_s, _ in SLICES_S), "a question that comes now waits no longer"

@@ -92,10 +92,10 @@ class Simulation:
             self.clock.now_s += questions_s
             self.questions_s += questions_s
         self.policy.account(plan, questions_s if plan else 0.0, self.lane.collect())
-        ingest, room_s = self.policy.prefill(plan)
+        ingest, room = self.policy.prefill(plan)
         before_s = self.prefill_s
         if ingest:
-            self.lane.run(ingest, room_s)
+            self.lane.run(ingest, room)
         self.gaps_s.append(self.prefill_s - before_s)
 
 
