@@ -10,6 +10,10 @@ from itertools import accumulate
 from server.engine.ingest import Ingest
 from server.engine.question import Phase, Question
 
+_BESIDE = 7
+"""Tokens that a prompt may count for beside its own: kernels read them by eights, and more than fit into one pass would
+need another one for the few that are left."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -88,7 +92,7 @@ class Scheduler:
     def plan(self) -> Plan:
         questions = self._questions.values()
         waiting = [question for question in questions if question.phase is Phase.SCORE]
-        ends = accumulate(question.num_prompt_tokens for question in waiting)
+        ends = accumulate(question.num_prompt_tokens + _BESIDE for question in waiting)
         scored = [question for question, end in zip(waiting, ends, strict=True) if end <= self._score_tokens]
         prompts = [question for question in questions if question.phase is Phase.PREFILL]
         decoding = [question for question in questions if question.phase is Phase.DECODE]

@@ -165,8 +165,8 @@ class Decoding:
         self._state.upload()
 
     def _shape(self, num_rows: int, tile: int, *, traced: bool = False) -> _Shape:
-        """Of the graph for what is in the buffers."""
-        return _Shape(1 << (num_rows - 1).bit_length(), self._plan.capacity, tile, traced)
+        """Of the graph for what is in the buffers: a tile at least."""
+        return _Shape(max(tile, 1 << (num_rows - 1).bit_length()), self._plan.capacity, tile, traced)
 
     def _run(self, shape: _Shape) -> None:
         """The logits, or only the queries, of what is in the buffers."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compression.cache import KVCache
 from compression.kv import ChunkKV, Level
+from compression.mixed import MixedCache
 from compression.score import QueryTrace, Scorer
 from server.models.base import ModelSpec, Row, StepDecoder, Turn, VideoModel
 from server.models.device import indices
@@ -86,10 +87,11 @@ class DecoderModel(VideoModel):
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Tensor:
-        if self._decoding is not None and all(row.image is None for row in rows):
-            prompts = [(row.ids, row.cache) for row in rows]
-            if self._decoding.takes(prompts):
-                return self._decoding.read(prompts)
+        passes = self._passes(rows)
+        if len(passes) > 1:
+            return torch.cat([self.forward(part) for part in passes])
+        if self._decoding is not None and self._takes(rows):
+            return self._decoding.read(_prompts(rows))
         windows = [self._window(row) for row in rows]
         hidden, _ = self.decoder(windows)
         sizes = [len(window.embeddings) for window in windows]
@@ -126,17 +128,13 @@ class DecoderModel(VideoModel):
 
     @torch.inference_mode()
     def trace(self, rows: Sequence[Row]) -> list[QueryTrace]:
-        prompts = [(row.ids, row.cache) for row in rows]
-        if self._decoding is not None and self._decoding.takes(prompts):
-            traced = self._decoding.trace(prompts)
-            return [QueryTrace(queries, row.cache.next_position) for queries, row in zip(traced, rows, strict=True)]
-        if len(rows) > 1:
-            middle = len(rows) // 2
-            return self.trace(rows[:middle]) + self.trace(rows[middle:])
-        (row,) = rows
-        window = Window(self.decoder.embed_tokens(row.ids), row.cache)
-        projected = whole(self.decoder.slices([window], self.scorer.num_layers))
-        return [QueryTrace(torch.stack([queries for queries, _, _ in projected]), row.cache.next_position)]
+        queries: list[Tensor] = []
+        for part in self._passes(rows):
+            if self._decoding is not None and self._takes(part):
+                queries += self._decoding.trace(_prompts(part))
+            else:
+                queries += map(self._queries, part)
+        return [QueryTrace(each, row.cache.next_position) for each, row in zip(queries, rows, strict=True)]
 
     def no_tokens(self) -> ChunkKV:
         """A KV of zero tokens: the shape of this model's caches."""
@@ -144,6 +142,30 @@ class DecoderModel(VideoModel):
         shape = (spec.num_layers, spec.num_kv_heads, 0, spec.head_dim)
         empty = torch.empty(shape, dtype=self.dtype, device=self.device)
         return ChunkKV(empty, empty, "prefix", 1)
+
+    def _passes(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Few passes for all rows, in their order: over what the decoder's kernels take together, and over what they do
+        not take at all."""
+        passes: list[list[Row]] = []
+        for row in rows:
+            together = [*passes[-1], row] if passes else [row]
+            if self._takes(together) or not any(self._takes([one]) for one in together):
+                passes[-1:] = [together]
+            else:
+                passes.append([row])
+        return passes
+
+    def _takes(self, rows: Sequence[Row]) -> bool:
+        """Whether the decoder's kernels, if they run here, read them best."""
+        if self._decoding is None or any(row.image is not None for row in rows):
+            return False
+        return self._decoding.takes(_prompts(rows))
+
+    def _queries(self, row: Row) -> Tensor:
+        """[scored layers, heads, n, head_dim], before RoPE."""
+        window = Window(self.decoder.embed_tokens(row.ids), row.cache)
+        projected = whole(self.decoder.slices([window], self.scorer.num_layers))
+        return torch.stack([queries for queries, _, _ in projected])
 
     def _window(self, row: Row) -> Window:
         if row.image is not None:
@@ -164,6 +186,10 @@ class DecoderModel(VideoModel):
         """Over ``settings``, which must tell all that changes a KV but the weights, and the weights."""
         # A model keeps what it runs as attributes.
         return fingerprint(settings, [part for part in vars(self).values() if isinstance(part, nn.Module)])
+
+
+def _prompts(rows: Sequence[Row]) -> list[tuple[Tensor, MixedCache]]:
+    return [(row.ids, row.cache) for row in rows]
 
 
 def stack(projected: Sequence[QKV], kept: Tensor | None, level: Level, ratio: int) -> ChunkKV:

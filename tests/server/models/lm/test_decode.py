@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -274,7 +275,8 @@ def test_fused_layers_in_a_pass_over_many_tokens(qk_norm: bool, with_vsts: bool)
 
 
 @with_kernels
-def test_a_model_scores_and_reads_short_prompts_as_without_the_kernels() -> None:
+def test_a_model_scores_and_reads_prompts_as_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In few passes: kernels take the short ones, as many as they can at a time."""
     from server.models.base import Row
     from server.models.lm.decode import Decoding
     from server.models.registry import load_model
@@ -285,22 +287,35 @@ def test_a_model_scores_and_reads_short_prompts_as_without_the_kernels() -> None
     shape = (2, spec.num_layers, spec.num_kv_heads, 5, spec.head_dim)
     high = [ChunkKV(*torch.randn(shape, generator=generator).to(DEVICE), "high", 32) for _ in range(3)]
     resident = RotatedKV.of([model.prefix(), *high], model.rope)
-    prompts = [torch.tensor(ids, device=DEVICE) for ids in ([5, 9, 33, 7, 12], [4, 8])]
+    sizes = (5, 2, 3, 20, 17, 1)
+    prompts = [torch.randint(4, 60, (size,), generator=generator).to(DEVICE) for size in sizes]
 
     def seen() -> tuple[Tensor, Tensor]:
         caches = [SharedCache([Part(resident, i) for i in range(4)], model.rope, room=40) for _ in prompts]
         rows = [Row(ids, cache) for ids, cache in zip(prompts, caches, strict=True)]
         queries = torch.cat([traced.queries for traced in model.trace(rows)], dim=2)
-        return queries, model.forward([Row(ids, cache) for ids, cache in zip(prompts, caches, strict=True)])
+        logits = model.forward(rows)
+        assert [cache.num_own for cache in caches] == list(sizes)
+        return queries, logits
 
     expected = seen()
     assert model.scorer.num_layers < spec.num_layers
+    monkeypatch.setattr("server.models.lm.decode._PROMPT_ROWS", 16)
     heads = {"heads": spec.num_heads, "kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
-    model._decoding = Decoding(
+    model._decoding = decoding = Decoding(
         model.decoder, **heads, max_positions=512, max_rows=8, num_traced=model.scorer.num_layers
     )
+    passes: dict[str, list[list[int]]] = {"read": [], "trace": []}
+
+    def note(name: str, prompts: list[tuple[Tensor, MixedCache]]) -> Any:
+        passes[name].append([len(ids) for ids, _ in prompts])
+        return getattr(Decoding, name)(decoding, prompts)
+
+    for name in passes:
+        monkeypatch.setattr(decoding, name, partial(note, name))
     for part, like in zip(seen(), expected, strict=True):
         torch.testing.assert_close(part, like, atol=3e-4, rtol=1e-3)
+    assert passes == dict.fromkeys(("read", "trace"), [[5, 2], [3], [1]])
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
