@@ -134,7 +134,10 @@ def test_prompts_and_decodes_share_a_step_and_one_question_is_scored() -> None:
     assert plan.scored == scored[:1]
 
 
-@pytest.mark.parametrize(("sizes", "num_scored"), [((13, 13, 13, 13), 3), ((14, 13, 13, 1), 2), ((60, 1), 1), ((61, 1), 1), ((20, 41, 1), 1)])
+@pytest.mark.parametrize(
+    ("sizes", "num_scored"),
+    [((13, 13, 13, 13), 3), ((14, 13, 13, 1), 2), ((60, 1), 1), ((61, 1), 1), ((20, 41, 1), 1)],
+)
 def test_questions_are_scored_together_up_to_a_number_of_tokens(sizes: tuple[int, ...], num_scored: int) -> None:
     waiting = [Item(str(size), Phase.SCORE, num_prompt_tokens=size) for size in sizes]
     for place, item in enumerate(waiting):
