@@ -61,8 +61,6 @@ class Backend:
 def open_backend(settings: Settings) -> Backend:
     """Opens the store, loads the model and starts the engine. Raises ValueError or StoreError for settings that cannot
     be met, and for a store that cannot be read; then nothing stays open."""
-    if settings.allowed_media_domains:
-        _log.warning("--allowed-media-domains changes nothing yet: http(s) URLs are not fetched")
     store = open_store(
         settings.store,
         cache_nbytes=settings.store_cache_bytes,

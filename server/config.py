@@ -100,7 +100,8 @@ class Settings(BaseSettings):
     decode_timeout_s: float | None = Field(None, gt=0, description="Longest decoding; default 60 s + twice the video.")
 
     allowed_local_media_path: Path | None = Field(None, description="file:// URLs are read below this folder only.")
-    allowed_media_domains: Names = Field((), description="Reserved: http(s) URLs are not fetched yet.")
+    allowed_media_domains: Names = Field((), description="http(s) URLs are fetched from these hosts only.")
+    fetch_timeout_s: float = Field(120.0, gt=0, description="Longest that fetching one such URL may take.")
 
     @field_validator("api_key", "cors_origin", "allowed_media_domains", mode="before")
     @classmethod
@@ -109,6 +110,13 @@ class Settings(BaseSettings):
         if any(not str(part).strip() for part in parts):
             raise ValueError("an empty entry in the list")
         return tuple(str(part).strip() for part in parts)
+
+    @field_validator("allowed_media_domains")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any("/" in host for host in value):
+            raise ValueError("a domain is the name of a host, such as media.example.com")
+        return tuple(host.lower() for host in value)
 
     @field_validator("api_key")
     @classmethod

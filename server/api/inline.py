@@ -6,13 +6,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from starlette.concurrency import run_in_threadpool
 
 from server.api.context import Services
 from server.api.errors import bad_request
-from server.api.sources import Source, decode_data_url, open_local, refuse_fetching
+from server.api.fetch import fetch
+from server.api.sources import Source, decode_data_url, open_local
 from server.video.errors import VideoError
 from server.video.reader import Sampling
 
@@ -23,38 +26,52 @@ async def ingest(services: Services, sources: Sequence[Source], sampling: Sampli
 
     Raises ApiError: 400 for what is no video or not allowed, 413 for what is too large.
     """
-    # Not the event loop's own small pool: checking a video may take long, and questions must not wait for that.
-    return await run_in_threadpool(_ingest, services, sources, sampling, tenant)
-
-
-def _ingest(services: Services, sources: Sequence[Source], sampling: Sampling, tenant: str) -> list[str]:
-    library = services.engine.library
     waiting: set[Path] = set()
     try:
-        fetched = []
+        copies = []
         for source in sources:
             with tempfile.NamedTemporaryFile(dir=services.spool, suffix=".part", delete=False) as file:
-                path = Path(file.name)
-            waiting.add(path)
-            fetched.append((source, path, _fetch(services, source, path)))
-        for source, path, _ in fetched[1:]:  # a bad one must not leave those before it in the library
-            with _naming(source):
-                library.check(path, sampling)
-        file_ids = []
-        for source, path, filename in fetched:
-            waiting.remove(path)  # the library sees to it from here on
-            file_ids.append(_create(services, source, path, filename, sampling, tenant))
-        return file_ids
+                waiting.add(Path(file.name))
+                if source.is_remote:
+                    filename = await fetch(services, source, "video", file, services.settings.max_upload_bytes)
+                else:
+                    filename = await run_in_threadpool(_copy, services, source, file)
+                copies.append(_Copy(source, Path(file.name), filename))
+        # Not the event loop's own small pool: checking a video may take long, and questions must not wait for that.
+        return await run_in_threadpool(_take, services, copies, waiting, sampling, tenant)
     finally:
         for path in waiting:
             path.unlink()
 
 
-def _create(services: Services, source: Source, path: Path, filename: str, sampling: Sampling, tenant: str) -> str:
-    with _naming(source):
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """What a source holds, in a file of ours; and its name there."""
+
+    source: Source
+    path: Path
+    filename: str
+
+
+def _take(
+    services: Services, copies: Sequence[_Copy], waiting: set[Path], sampling: Sampling, tenant: str
+) -> list[str]:
+    """Hands all copies to the library, which takes them out of ``waiting``, or none."""
+    for copy in copies[1:]:  # a bad one must not leave those before it in the library
+        with _naming(copy.source):
+            services.engine.library.check(copy.path, sampling)
+    file_ids = []
+    for copy in copies:
+        waiting.remove(copy.path)  # the library sees to it from here on
+        file_ids.append(_create(services, copy, sampling, tenant))
+    return file_ids
+
+
+def _create(services: Services, copy: _Copy, sampling: Sampling, tenant: str) -> str:
+    with _naming(copy.source):
         record = services.engine.library.create(
-            path,
-            filename=filename,
+            copy.path,
+            filename=copy.filename,
             purpose="user_data",
             sampling=sampling,
             tenant=tenant,
@@ -73,14 +90,12 @@ def _naming(source: Source) -> Iterator[None]:
         raise bad_request(str(error), param=source.param, code=error.code) from error
 
 
-def _fetch(services: Services, source: Source, target: Path) -> str:
-    """Writes the source's bytes to ``target`` and returns the file's name."""
+def _copy(services: Services, source: Source, target: IO[bytes]) -> str:
+    """Writes the bytes of a data: or file: URL to ``target`` and returns the file's name."""
     if source.scheme == "data":
-        target.write_bytes(decode_data_url(source, "video", services.settings.max_inline_bytes))
+        target.write(decode_data_url(source, "video", services.settings.max_inline_bytes))
         return source.filename or "inline"
-    if source.scheme == "file":
-        file, name = open_local(services, source, services.settings.max_upload_bytes)
-        with file, target.open("wb") as copy:
-            shutil.copyfileobj(file, copy, 1 << 20)
-        return name
-    raise refuse_fetching(source, "video")
+    file, name = open_local(services, source, services.settings.max_upload_bytes)
+    with file:
+        shutil.copyfileobj(file, target, 1 << 20)
+    return name

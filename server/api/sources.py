@@ -1,4 +1,5 @@
-"""Where the media of a message come from: stored files, data: URLs, and file: URLs below the allowed folder."""
+"""Where the media of a message come from: stored files, URLs (data:, and file: below the allowed folder; http(s) is
+:mod:`server.api.fetch`'s)."""
 
 from __future__ import annotations
 
@@ -44,17 +45,12 @@ class Source:
     @property
     def is_url(self) -> bool:
         """Whether ``location`` is a URL of a kind that is known here, if not always allowed."""
-        return self.scheme in {"data", "file", "http", "https"}
+        return self.is_remote or self.scheme in {"data", "file"}
 
-
-def refuse_fetching(source: Source, kind: Kind) -> ApiError:
-    """The 400 for an http(s) URL."""
-    way = "upload it through /v1/files" if kind == "video" else "send it as a data: URL"
-    return bad_request(
-        f"http(s) URLs are not fetched by this server; the {kind} can come another way: {way}",
-        param=source.param,
-        code="url_not_allowed",
-    )
+    @property
+    def is_remote(self) -> bool:
+        """Whether it has to be fetched from somewhere else."""
+        return self.scheme in {"http", "https"}
 
 
 def decode_data_url(source: Source, kind: Kind, max_bytes: int) -> bytes:

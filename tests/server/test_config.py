@@ -11,10 +11,12 @@ def test_options_go_over_variables_and_these_over_defaults(monkeypatch: pytest.M
     monkeypatch.setenv("X2L_HOST", "0.0.0.0")
     monkeypatch.setenv("X2L_STORE_QUOTA_BYTES", "5GB")
     monkeypatch.setenv("X2L_API_KEY", "one, two")
+    monkeypatch.setenv("X2L_ALLOWED_MEDIA_DOMAINS", "Media.example.com, 10.0.0.1")
     settings = load_settings(port="9002", keep_video=None)
     assert (settings.port, settings.host, settings.keep_video) == (9002, "0.0.0.0", True)
     assert settings.store_quota_bytes == 5 * 10**9
     assert settings.api_key == ("one", "two")
+    assert settings.allowed_media_domains == ("media.example.com", "10.0.0.1")
 
 
 def test_the_default_store_is_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +59,7 @@ def test_a_bad_option_is_named_as_such() -> None:
     [
         ("gpu_kv_budget", "-1", "a size such as 512MiB, not '-1'"),
         ("store_cache_bytes", "lots", "a size such as 512MiB, not 'lots'"),
+        ("allowed_media_domains", "https://example.com", "the name of a host"),
         ("prefill_mode", "fast", "exact, recent-N, high-memory or bounded-N"),
     ],
 )
