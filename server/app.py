@@ -80,7 +80,7 @@ def open_backend(settings: Settings) -> Backend:
     except BaseException:
         store.close()
         raise
-    if model.device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+    if model.device.type == "cuda" and not os.environ.get("OMP_NUM_THREADS"):
         # Beside a GPU the CPU moves frames and KVs, on several threads of ours. Torch would give each a pool of as many
         # threads as there are cores, in the way of the one that tells the GPU what to do.
         torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def _middleware(settings: Settings, metrics: EngineMetrics) -> list[Middleware]:
 
 
 def _engine_options(settings: Settings, spool: Spool, model: VideoModel) -> EngineOptions:
-    kept_nbytes = default_kept_nbytes(model.device)
+    high_nbytes, low_nbytes = settings.gpu_kv_budget, settings.gpu_low_kv_budget
     return EngineOptions(
         spool=spool.folder,
         max_batch=settings.max_batch,
@@ -171,8 +171,8 @@ def _engine_options(settings: Settings, spool: Spool, model: VideoModel) -> Engi
         keep_video=settings.keep_video,
         low_precision="exact" if settings.kv_dtype == "auto" else settings.kv_dtype,
         store_quota_bytes=settings.store_quota_bytes,
-        resident_nbytes=kept_nbytes if settings.gpu_kv_budget is None else settings.gpu_kv_budget,
-        shared_low_nbytes=kept_nbytes if settings.gpu_low_kv_budget is None else settings.gpu_low_kv_budget,
+        resident_nbytes=default_kept_nbytes(model.device, low_nbytes) if high_nbytes is None else high_nbytes,
+        shared_low_nbytes=default_kept_nbytes(model.device, high_nbytes) if low_nbytes is None else low_nbytes,
         prefetch_nbytes=settings.gpu_prefetch_budget,
         limits=VideoLimits(
             max_nbytes=settings.max_upload_bytes,

@@ -69,7 +69,7 @@ class Engine:
             max_batch=options.max_batch,
             prefill_share=options.prefill_share,
             # Without, a pass over several prompts takes as long as one pass after the other.
-            score_tokens=options.prompt_step if decoder is not None else 0,
+            prompt_tokens=options.prompt_step if decoder is not None else 0,
         )
         self._lap_s = 0.0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -370,6 +370,8 @@ class Engine:
             self.metrics.first_token_seconds.observe(time.perf_counter() - question.submitted_s)
         self.metrics.tokens.inc(question.num_tokens - before)
         self._emit(question, delta)
+        if question.phase is Phase.PREFILL:  # a piece of a long prompt
+            self._scheduler.postpone(question)
 
     def _attempt(self, question: Question, work: Callable[[Question], None]) -> None:
         """Does one question's work, and lets its errors end that question alone."""

@@ -72,12 +72,12 @@ def longest_in_memory(model: VideoModel, mode: str, memory_nbytes: int | None) -
     return (most - 1) * size
 
 
-def default_kept_nbytes(device: torch.device) -> int:
-    """Room for H-KVs, and as much for L-KVs that were re-loaded, where nobody says otherwise, once the model is on
-    ``device``."""
+def default_kept_nbytes(device: torch.device, others_nbytes: int | None) -> int:
+    """Room for KVs of one level where nobody says otherwise, once the model is on ``device``; ``others_nbytes`` are set
+    aside there for those of the other level, if somebody says that."""
     if device.type != "cuda":
         return _KEPT_NBYTES
-    return max(_KEPT_NBYTES, torch.cuda.mem_get_info(device)[0] // _KEPT_SHARE)
+    return max(_KEPT_NBYTES, (torch.cuda.mem_get_info(device)[0] - (others_nbytes or 0)) // _KEPT_SHARE)
 
 
 def free_nbytes(device: torch.device, options: EngineOptions) -> int | None:

@@ -10,9 +10,8 @@ from itertools import accumulate
 from server.engine.ingest import Ingest
 from server.engine.question import Phase, Question
 
-_BESIDE = 7
-"""Tokens that a prompt may count for beside its own: kernels read them by eights, and more than fit into one pass would
-need another one for the few that are left."""
+_TILE = 8
+"""Prompts count by so many tokens, as kernels read them: what does not fit into a pass would need one of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +42,19 @@ class Scheduler:
     Where both want the engine, each gets its share of the time, and in every single step: questions that ran for ``t``
     seconds earn the uploads ``t * share / (1 - share)``. A slice of a chunk's prefill runs as soon as anything is
     earned, and others behind it as far as they fit; one that is longer than that is paid for by the next steps, which
-    then have none. So a stream waits for what its share says, or for one slice.
+    then have none. So a stream waits for what its share says, or for one slice. Uploads get less where the engine's
+    thread needs longer to ask the device for slices than that needs for them.
 
     Used by the engine thread alone.
     """
 
-    def __init__(self, *, max_batch: int, prefill_share: float, score_tokens: int = 0) -> None:
-        """In a step so many questions are scored as have ``score_tokens`` together, or one."""
+    def __init__(self, *, max_batch: int, prefill_share: float, prompt_tokens: int = 0) -> None:
+        """In a step so many questions are scored as have ``prompt_tokens`` together, or one; and of so many others the
+        prompts are read (0: all)."""
         if max_batch < 1 or not 0 < prefill_share < 1:
             raise ValueError("max_batch must be at least 1 and prefill_share between 0 and 1")
         self._max_batch = max_batch
-        self._score_tokens = score_tokens
+        self._prompt_tokens = prompt_tokens
         self._prefill_per_question_s = prefill_share / (1 - prefill_share)
         self._questions: dict[str, Question] = {}
         self._ingests: deque[Ingest] = deque()
@@ -92,11 +93,14 @@ class Scheduler:
     def plan(self) -> Plan:
         questions = self._questions.values()
         waiting = [question for question in questions if question.phase is Phase.SCORE]
-        ends = accumulate(question.num_prompt_tokens + _BESIDE for question in waiting)
-        scored = [question for question, end in zip(waiting, ends, strict=True) if end <= self._score_tokens]
         prompts = [question for question in questions if question.phase is Phase.PREFILL]
         decoding = [question for question in questions if question.phase is Phase.DECODE]
-        return Plan(scored or waiting[:1], prompts, decoding)
+        return Plan(self._together(waiting), self._together(prompts) if self._prompt_tokens else prompts, decoding)
+
+    def _together(self, questions: list[Question]) -> list[Question]:
+        """The first ones, whose prompts go into one pass."""
+        ends = accumulate(-(-question.num_prompt_tokens // _TILE) * _TILE for question in questions)
+        return questions[: max(1, sum(end <= self._prompt_tokens for end in ends))]
 
     def account(self, plan: Plan, questions_s: float, prefill_s: float) -> None:
         """Tells how long a step's questions took, and all the slices that have ended since the last step's."""
@@ -113,7 +117,11 @@ class Scheduler:
         waits for the end of the step."""
         if not plan:
             return self._next_ingest(), None
-        room = Room(self._earned_s, max(self._earned_s, self._questions_s))
+        host_s = self._earned_s
+        if not plan.scored and not plan.prompts:
+            # Otherwise the thread has waited for these, and the device has hardly anything left to do.
+            host_s = max(host_s, self._questions_s)
+        room = Room(self._earned_s, host_s)
         return (self._next_ingest() if self._earned_s > 0 else None), room
 
     def _next_ingest(self) -> Ingest | None:

@@ -131,7 +131,8 @@ class Decoding:
         ends = self._fill_prompts(prompts)
         self._run(self._shape(ends[-1], TILE, traced=True))
         places = [slice(end - len(ids), end) for end, (ids, _) in zip(ends, prompts, strict=True)]
-        return [self._queries[:, place].transpose(1, 2).contiguous() for place in places]
+        kept = torch.contiguous_format  # and never a view: the next pass writes there
+        return [self._queries[:, place].transpose(1, 2).clone(memory_format=kept) for place in places]
 
     def _fill_prompts(self, prompts: Sequence[tuple[Tensor, MixedCache]]) -> list[int]:
         """A row a token, each prompt from a tile of its own on; behind which row each ends."""

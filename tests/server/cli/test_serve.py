@@ -69,7 +69,7 @@ def test_how_many_hours_have_room() -> None:
     for budget_nbytes, words in ((high_nbytes // 2, "30 minutes"), (2000 * high_nbytes, "2,000 hours")):
         assert f"about {words} on" in plan(settings, model, EngineOptions(resident_nbytes=budget_nbytes))["room"]
     with contextlib.closing(open_backend(Settings(store="memory://", device="cpu"))) as backend:
-        assert backend.engine.options.resident_nbytes == default_kept_nbytes(model.device) == 2 << 30
+        assert backend.engine.options.resident_nbytes == default_kept_nbytes(model.device, None) == 2 << 30
 
 
 def test_levels_that_are_alike_are_warned_of() -> None:

@@ -103,10 +103,10 @@ def scheduler(
     *items: Item,
     max_batch: int = 4,
     prefill_share: float = 0.5,
-    score_tokens: int = 0,
+    prompt_tokens: int = 0,
     ingests: tuple[Item, ...] = (),
 ) -> Any:
-    made: Any = Scheduler(max_batch=max_batch, prefill_share=prefill_share, score_tokens=score_tokens)
+    made: Any = Scheduler(max_batch=max_batch, prefill_share=prefill_share, prompt_tokens=prompt_tokens)
     for item in items:
         made.add(item)
     for ingest in ingests:
@@ -135,14 +135,16 @@ def test_prompts_and_decodes_share_a_step_and_one_question_is_scored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "num_scored"),
-    [((13, 13, 13, 13), 3), ((14, 13, 13, 1), 2), ((60, 1), 1), ((61, 1), 1), ((20, 41, 1), 1)],
+    ("sizes", "num_together"),
+    [((16, 13, 24, 8), 4), ((16, 13, 24, 9), 3), ((17, 17, 17, 1), 2), ((64, 1), 1), ((65, 1), 1), ((20, 41, 1), 1)],
 )
-def test_questions_are_scored_together_up_to_a_number_of_tokens(sizes: tuple[int, ...], num_scored: int) -> None:
-    waiting = [Item(str(size), Phase.SCORE, num_prompt_tokens=size) for size in sizes]
-    for place, item in enumerate(waiting):
-        item.id = str(place)
-    assert scheduler(*waiting, score_tokens=60).plan().scored == waiting[:num_scored]
+@pytest.mark.parametrize("phase", [Phase.SCORE, Phase.PREFILL])
+def test_questions_are_scored_and_prompts_read_together_up_to_a_number_of_tokens(
+    phase: Phase, sizes: tuple[int, ...], num_together: int
+) -> None:
+    waiting = [Item(str(place), phase, num_prompt_tokens=size) for place, size in enumerate(sizes)]
+    plan = scheduler(*waiting, prompt_tokens=64).plan()
+    assert (plan.scored, plan.prompts)[phase is Phase.PREFILL] == waiting[:num_together]
 
 
 def test_a_postponed_question_lets_the_others_go_first() -> None:
