@@ -46,7 +46,7 @@ def test_any_bytes_give_what_decoding_them_at_once_gives(ids: list[int]) -> None
 @given(st.text(max_size=30))
 def test_the_bundled_tokenizer_streams_what_it_decodes(text: str) -> None:
     ids = TINY.encode(text, add_special_tokens=False)
-    assert "".join(pieces(TINY, ids)) == TINY.decode(ids)
+    assert "".join(pieces(TINY, ids)) == TINY.decode(ids, skip_special_tokens=True)  # such as "<end>"
 
 
 @given(st.lists(st.integers(0, 1023), max_size=40))
