@@ -115,7 +115,7 @@ def _dial(body: ChatRequest, conversation: Conversation) -> Dial:
     for name in ("chunks", "start_s", "end_s"):
         if name in asked and len(conversation.videos) > 1:
             raise bad_request(
-                f"x2l.{name} does not tell which of the {len(conversation.videos)} videos is meant: ask about one of "
+                f"{name} does not tell which of the {len(conversation.videos)} videos is meant: ask about one of "
                 "them, or use reload, budget_tokens or mode",
                 param=f"x2l.{name}",
                 code="ambiguous_video",

@@ -107,6 +107,8 @@ def from_validation(error: ValidationError | RequestValidationError, *, under: s
         return bad_request(f"{param} is unknown", param=param, code="unknown_parameter")
     if first["type"] == "too_short":
         return bad_request(f"{param} is empty", param=param)
+    if first["type"] == "value_error":  # words of a validator of ours, which say it all
+        return bad_request(str(first["ctx"]["error"]), param=param)
     return bad_request(f"{param or 'The body'}{_complaint(first)}", param=param)
 
 
@@ -118,7 +120,7 @@ def _complaint(entry: Mapping[str, Any]) -> str:
         return " holds a lone surrogate (half of a UTF-16 pair), which is no character"
     message = str(entry["msg"])
     _, should, rest = message.partition(" should ")
-    return f" must {rest}" if should else f": {message.removeprefix('Value error, ')}"
+    return f" must {rest}" if should else f": {message}"
 
 
 def _is_branch(part: int | str) -> bool:

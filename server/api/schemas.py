@@ -121,7 +121,7 @@ class Dials(_Closed):
     def _one_dial(self) -> Dials:
         names = [name for name in ("reload", "budget_tokens", "chunks", "mode") if getattr(self, name) is not None]
         if len(names) > 1:
-            raise ValueError(f"at most one of reload, budget_tokens, chunks and mode; got {' and '.join(names)}")
+            raise ValueError(f"At most one of reload, budget_tokens, chunks and mode; got {' and '.join(names)}")
         return self
 
 

@@ -125,6 +125,20 @@ def test_the_key_and_the_address_come_from_the_environment(serve: Serve) -> None
         assert refused.returncode == 1 and "API key" in refused.stderr
 
 
+def test_a_refusal_has_one_prefix(live: Live, file_id: str, video: Path) -> None:
+    def refused(*arguments: str) -> str:
+        ended = x2l("ask", *arguments, "--base-url", live.url)
+        assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+        return ended.stderr.removeprefix("x2l: ")
+
+    several = refused(file_id, "Is there a moon?", "--reload", "1", "--mode", "low")
+    assert several == "At most one of reload, budget_tokens, chunks and mode; got reload and mode\n"
+    with live.client() as client:
+        other = client.files.create(file=video, purpose="user_data", extra_body={"max_frames": "32"})
+    whose = refused(file_id, other.id, "Is there a moon?", "--chunks", "0")
+    assert whose.startswith("chunks does not tell which of the 2 videos is meant: ")
+
+
 def test_client_errors_are_one_line(tmp_path: Path) -> None:
     nobody = x2l("files", "--base-url", "http://127.0.0.1:9")
     assert nobody.returncode == 1 and nobody.stderr.startswith("x2l: ") and nobody.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.testclient import TestClient
 
 from server.api import errors
@@ -15,6 +15,13 @@ class Inner(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     body: int = Field(0, ge=0)
+
+    @field_validator("body")
+    @classmethod
+    def _even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError("An odd number of bodies")
+        return value
 
 
 class Outer(BaseModel):
@@ -49,6 +56,7 @@ def client() -> TestClient:
             "inner.body",
             "body must be greater than or equal to 0",
         ),
+        ("/things/1", {"inner": {"body": 3}}, "invalid_value", "inner.body", "An odd number of bodies"),
         ("/things/1", {"many": []}, "invalid_value", "many", "many is empty"),
         ("/things/1", [], "invalid_body", None, "must be a JSON object"),
         ("/things/1", None, "invalid_body", None, "must be a JSON object"),
