@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,24 +54,31 @@ def load_model(
         "high_ratio": high_ratio,
         "prefill_mode": prefill_mode,
     }
+    load = find_model(name, compressor)
     try:
-        if name in ("tiny", "x2l-tiny"):
-            _refuse(compressor, name)
-            return load_tiny(**options)
-        folder = find_folder(name)
-        served = folder.resolve().name if Path(name).expanduser().is_dir() else name
-        config = read_json(folder / "config.json")
-        _refuse_quantized(config)
-        family = family_loader(config)
-        if family is not None:
-            return family(folder, served, **options, compressor=compressor)
-        load = _loader(config, name)
-        _refuse(compressor, name)
-        return load(folder, served, **options)
+        return load(**options)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"model {name!r} in {str(precision).removeprefix('torch.')} does not fit on {place}"
         ) from error
+
+
+def find_model(name: str, compressor: str | None = None) -> Callable[..., VideoModel]:
+    """What loads a model, given the other options of ``load_model``: its files are found, and none but its config.json
+    is read. Raises UnknownModelError, CheckpointError, and ValueError for a ``compressor`` that it does not take."""
+    if name in ("tiny", "x2l-tiny"):
+        _refuse(compressor, name)
+        return load_tiny
+    folder = find_folder(name)
+    served = folder.resolve().name if Path(name).expanduser().is_dir() else name
+    config = read_json(folder / "config.json")
+    _refuse_quantized(config)
+    family = family_loader(config)
+    if family is not None:
+        return partial(family, folder, served, compressor=compressor)
+    load = _loader(config, name)
+    _refuse(compressor, name)
+    return partial(load, folder, served)
 
 
 def _refuse(compressor: str | None, name: str) -> None:

@@ -61,3 +61,24 @@ def test_bad_sizes_are_one_line(arguments: list[str], message: str) -> None:
     ran = CliRunner().invoke(x2l, ["bench", "serving", *arguments])
     assert ran.exit_code in (1, 2)
     assert message in " ".join(ran.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("missing", None, "there is no folder of this name"),
+        ("empty", "", "there is no config.json"),
+        ("other", '{"model_type": "bert"}', "has the architecture bert"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_told_before_videos_are_made(
+    tmp_path: Path, name: str, config: str | None, message: str
+) -> None:
+    folder = tmp_path / name
+    if config is not None:
+        folder.mkdir()
+    if config:
+        (folder / "config.json").write_text(config)
+    ran = CliRunner().invoke(x2l, ["bench", "serving", "--model", str(folder)])
+    assert ran.exit_code == 1
+    assert ran.stderr.startswith("x2l: ") and ran.stderr.count("\n") == 1 and message in ran.stderr
