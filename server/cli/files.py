@@ -130,7 +130,11 @@ def _send_in_parts(
     return record
 
 
-def list_files(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = "") -> None:
+def list_files(
+    json_output: Annotated[bool, typer.Option("--json", help="Print the file objects as a JSON list.")] = False,
+    base_url: BaseUrl = DEFAULT_BASE_URL,
+    api_key: ApiKey = "",
+) -> None:
     """Lists the uploaded files, newest first.
 
     Sizes are in MB: the file itself, its detailed KVs (L) and its small ones (H). What is wrong with a file stands
@@ -138,6 +142,9 @@ def list_files(base_url: BaseUrl = DEFAULT_BASE_URL, api_key: ApiKey = "") -> No
     """
     with connect(base_url, api_key) as client:
         records = check(client.get("/v1/files", params={"limit": 10_000})).json()["data"]
+    if json_output:
+        print(json.dumps(records, indent=2))  # ASCII: names that others gave cannot steer a terminal
+        return
     terminal = Console()
     print_files(records, terminal.width if terminal.is_terminal else None)
 

@@ -55,6 +55,7 @@ def test_upload_ask_list_and_remove(live: Live, video: Path) -> None:
     assert datetime.fromisoformat(" ".join(row[8:10])) > datetime.now()
     assert " ".join(header.split()) == "id file status length chunks MB L MB H MB expires pinned"
     assert total.split()[0] == "total" and float(total.split()[1]) >= float(sizes[0])
+    assert json.loads(run("files", "--json").stdout) == httpx.get(f"{live.url}/v1/files").json()["data"]
     for command, pinned in (("unpin", False), ("pin", True)):
         assert run(command, file_id).stdout.strip() == file_id
         assert httpx.get(f"{live.url}/v1/files/{file_id}").json()["pinned"] is pinned
@@ -109,11 +110,13 @@ def test_names_and_reasons_cannot_steer_a_terminal(serve: Serve, tmp_path: Path,
         ended = x2l("upload", str(damaged), "--base-url", live.url)
         file_id = ended.stdout.strip()
         assert ended.returncode == 1 and file_id.startswith("file-") and ended.stderr.splitlines()[-1] != ""
-        name = "\x1b]0;owned\x07.mp4"
+        name = "\x1b]0;owned\x07\x9b.mp4"
         other = damaged.read_bytes() + bytes(8)  # the same bytes would have the first one tried again
         httpx.post(f"{live.url}/v1/files", files={"file": (name, other)}, data={"purpose": "vision"})
+        as_json = x2l("files", "--json", "--base-url", live.url).stdout
         listed = x2l("files", "--base-url", live.url).stdout
-        assert "\x1b" not in listed and "\x07" not in listed
+        assert not {"\x1b", "\x07", "\x9b"} & {*as_json, *listed}
+        assert "\x9b" in json.loads(as_json)[0]["filename"]
         reason = httpx.get(f"{live.url}/v1/files/{file_id}").json()["status_details"]
         assert reason and f"  {reason}" in listed.splitlines()
 
