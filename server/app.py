@@ -123,7 +123,9 @@ def create_app(settings: Settings, backend: Backend) -> FastAPI:
     )
     errors.install(app)
     failures.install(app)
-    for routes in (chat, files, uploads, models, health, playground, docs):
+    for routes in (chat, files, uploads, models):
+        app.include_router(routes.router, responses=errors.replies(401, "default"))
+    for routes in (health, playground, docs):
         app.include_router(routes.router)
     return app
 

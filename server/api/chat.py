@@ -15,7 +15,7 @@ from compression.select import Dial
 from server.api import sse
 from server.api.answer import Answer, unless_disconnected
 from server.api.context import Context, Services, Tenant
-from server.api.errors import ApiError, bad_request, file_not_found
+from server.api.errors import ApiError, bad_request, file_not_found, replies
 from server.api.failures import api_error
 from server.api.images import see
 from server.api.inline import ingest
@@ -34,7 +34,7 @@ _Videos = dict[str, Source]
 """The parts that hold a request's videos, by the ids of the files that these are, in the order of the cache."""
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=replies(400, 404, 413, 429, 503, 507))
 async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: Tenant) -> Response:
     """An answer, streamed or whole, as OpenAI sends it, with the evidence in ``x2l``."""
     refuse_unsupported(body.model_extra)

@@ -12,7 +12,22 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from server.api.schemas import ErrorDetails, ErrorReply
+
 NO_RETRY = {"x-should-retry": "false"}
+
+_REPLIES: dict[int | str, str] = {
+    400: "The request is at fault; `param` names the field, if one is to blame.",
+    401: "The API key is missing or incorrect.",
+    404: "There is no such model, file, chunk or upload, or its bytes were not kept.",
+    409: "Another request is ending this upload; try again after `Retry-After`.",
+    413: "The body or the file is too large, or would never fit into the store's quota.",
+    416: "The range lies outside the file.",
+    429: "Too many requests are waiting; try again after `Retry-After`.",
+    503: "The server is stopping, or lacks its store or memory; try again after `Retry-After`.",
+    507: "The store or the disk is full.",
+    "default": "Any other refusal or failure.",
+}
 
 _MUST_BE = {
     "model_type": "an object",
@@ -46,14 +61,8 @@ class ApiError(HTTPException):
 
     def body(self) -> dict[str, Any]:
         """The reply's JSON object."""
-        return {
-            "error": {
-                "message": self.detail,
-                "type": error_type(self.status_code),
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        details = ErrorDetails(message=self.detail, type=error_type(self.status_code), param=self.param, code=self.code)
+        return ErrorReply(error=details).model_dump()
 
     def response(self) -> JSONResponse:
         """The whole reply."""
@@ -68,6 +77,12 @@ def bad_request(message: str, *, param: str | None = None, code: str = "invalid_
 def file_not_found(file_id: str, *, param: str = "file_id") -> ApiError:
     """A 404 for a file that this client does not have."""
     return ApiError(404, f"No such file: {file_id[:80]!r}", param=param, code="file_not_found")
+
+
+def replies(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route that refuses with these statuses. ``default`` stands for all others, and keeps
+    FastAPI from adding its own 422, which is never sent."""
+    return {status: {"model": ErrorReply, "description": _REPLIES[status]} for status in statuses}
 
 
 def error_type(status: int) -> str:

@@ -19,7 +19,7 @@ from compression.select import Dial
 from server.api import sse
 from server.api.answer import Answer, unless_disconnected
 from server.api.context import Context, Services, Tenant
-from server.api.errors import ApiError, bad_request, file_not_found
+from server.api.errors import ApiError, bad_request, file_not_found, replies
 from server.api.multipart import Received, receive_file
 from server.api.schemas import (
     ChunkObject,
@@ -68,7 +68,7 @@ _FORM = {
 }
 
 
-@router.post("", openapi_extra=_FORM)
+@router.post("", openapi_extra=_FORM, responses=replies(400, 413, 503, 507))
 async def upload(http: HttpRequest, services: Context, tenant: Tenant) -> FileObject:
     """Receives a video; prefilling goes on after the reply."""
     services.check_open()
@@ -76,7 +76,7 @@ async def upload(http: HttpRequest, services: Context, tenant: Tenant) -> FileOb
     return await run_in_threadpool(_create, services, received, tenant)
 
 
-@router.get("")
+@router.get("", responses=replies(400, 404, 503))
 def list_files(
     services: Context,
     tenant: Tenant,
@@ -105,13 +105,13 @@ def list_files(
     )
 
 
-@router.get("/{file_id}")
+@router.get("/{file_id}", responses=replies(404, 503))
 def get_file(file_id: str, services: Context, tenant: Tenant) -> FileObject:
     """A file as it stands."""
     return file_object(_record(services, file_id, tenant))
 
 
-@router.post("/{file_id}")
+@router.post("/{file_id}", responses=replies(400, 404, 413, 503, 507))
 def update_file(file_id: str, body: UpdateFile, services: Context, tenant: Tenant) -> FileObject:
     """Pins a file, which the store's quota then never removes, or unpins it."""
     record = services.engine.library.pin(file_id, tenant, body.pinned)
@@ -120,7 +120,7 @@ def update_file(file_id: str, body: UpdateFile, services: Context, tenant: Tenan
     return file_object(record)
 
 
-@router.delete("/{file_id}")
+@router.delete("/{file_id}", responses=replies(404, 503))
 def delete_file(file_id: str, services: Context, tenant: Tenant) -> FileDeleted:
     """Deletes a file and what was made of it, also while it is prefilling."""
     if not services.engine.library.delete(file_id, tenant):
@@ -128,7 +128,7 @@ def delete_file(file_id: str, services: Context, tenant: Tenant) -> FileDeleted:
     return FileDeleted(id=file_id)
 
 
-@router.get("/{file_id}/events")
+@router.get("/{file_id}/events", responses=replies(404, 503))
 async def events(file_id: str, services: Context, tenant: Tenant) -> Response:
     """The file each time it changes, until it is processed or has failed. A stream that ends before that was cut off by
     a server that stops: ask again."""
@@ -137,7 +137,7 @@ async def events(file_id: str, services: Context, tenant: Tenant) -> Response:
     return sse.EventStream(sse.with_keep_alive(changes, services.settings.keep_alive_s))
 
 
-@router.get("/{file_id}/chunks")
+@router.get("/{file_id}/chunks", responses=replies(404, 503))
 def chunks(file_id: str, services: Context, tenant: Tenant) -> list[ChunkObject]:
     """The chunks prefilled so far."""
     record = _record(services, file_id, tenant)
@@ -154,7 +154,7 @@ def chunks(file_id: str, services: Context, tenant: Tenant) -> list[ChunkObject]
     ]
 
 
-@router.get("/{file_id}/chunks/{index}/thumbnail")
+@router.get("/{file_id}/chunks/{index}/thumbnail", responses=replies(400, 404, 503))
 def thumbnail(file_id: str, index: int, services: Context, tenant: Tenant) -> Response:
     """A small JPEG of the chunk."""
     jpeg = services.engine.library.thumbnail(_record(services, file_id, tenant), index)
@@ -163,7 +163,7 @@ def thumbnail(file_id: str, index: int, services: Context, tenant: Tenant) -> Re
     return Response(jpeg, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
 
 
-@router.get("/{file_id}/content")
+@router.get("/{file_id}/content", responses=replies(404, 416, 503))
 def content(file_id: str, http: HttpRequest, services: Context, tenant: Tenant) -> Response:
     """The uploaded bytes, also in part (``Range``)."""
     record = _record(services, file_id, tenant)
@@ -189,7 +189,7 @@ def content(file_id: str, http: HttpRequest, services: Context, tenant: Tenant) 
     )
 
 
-@router.post("/{file_id}/relevance")
+@router.post("/{file_id}/relevance", responses=replies(400, 404, 413, 429, 503))
 async def relevance(
     file_id: str, body: RelevanceRequest, http: HttpRequest, services: Context, tenant: Tenant
 ) -> Relevance:

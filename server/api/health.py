@@ -7,6 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
 from server.api.context import Context
+from server.api.errors import replies
 
 router = APIRouter()
 
@@ -19,7 +20,7 @@ async def health() -> dict[str, str]:
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready")
+@router.get("/ready", responses={503: {"description": "Not yet, or no more."}})
 async def ready(services: Context) -> Response:
     """200 while questions can be answered."""
     if services.engine.ready and not services.stopping:
@@ -27,7 +28,7 @@ async def ready(services: Context) -> Response:
     return JSONResponse({"status": "stopping" if services.stopping else "starting"}, 503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", responses=replies(401, "default"))
 async def metrics(services: Context) -> Response:
     """The engine's gauges for Prometheus."""
     return Response(generate_latest(services.engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)

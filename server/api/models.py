@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from server.api.chat import require_model
 from server.api.context import Context, Services
+from server.api.errors import replies
 from server.api.schemas import ModelList, ModelObject
 
 router = APIRouter(prefix="/v1/models")
@@ -17,7 +18,7 @@ def list_models(services: Context) -> ModelList:
     return ModelList(data=[_model(services)])
 
 
-@router.get("/{model_id:path}")
+@router.get("/{model_id:path}", responses=replies(404))
 def get_model(model_id: str, services: Context) -> ModelObject:
     """One model; ids may hold slashes."""
     require_model(services, model_id)

@@ -215,6 +215,21 @@ class UpdateFile(_Closed):
     pinned: bool
 
 
+class ErrorDetails(BaseModel):
+    """What is wrong: in words, by OpenAI's type, the field of the request that is to blame, and a code for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's error, the body of every refusal."""
+
+    error: ErrorDetails
+
+
 class Levels(BaseModel):
     """One number for each compression level."""
 

@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 
 from server.api.context import Context, Services, Tenant
-from server.api.errors import ApiError, bad_request
+from server.api.errors import ApiError, bad_request, replies
 from server.api.files import check_expiry, check_purpose, file_object
 from server.api.multipart import Received, discard_unread, receive_file
 from server.api.schemas import CompleteUpload, CreateUpload, UploadObject, UploadPartObject, UploadState
@@ -34,7 +34,7 @@ _FORM = {
 }
 
 
-@router.post("")
+@router.post("", responses=replies(400, 413, 503, 507))
 def create(body: CreateUpload, services: Context, tenant: Tenant) -> UploadObject:
     """Announces a video that comes in parts. The upload expires after an hour."""
     services.check_open()
@@ -60,7 +60,7 @@ def create(body: CreateUpload, services: Context, tenant: Tenant) -> UploadObjec
     return _upload_object(record, None)
 
 
-@router.get("/{upload_id}")
+@router.get("/{upload_id}", responses=replies(404, 503))
 def get(upload_id: str, services: Context, tenant: Tenant) -> UploadState:
     """An upload as it stands and the parts that have arrived."""
     record = services.uploads.get(upload_id, tenant)
@@ -69,7 +69,7 @@ def get(upload_id: str, services: Context, tenant: Tenant) -> UploadState:
     return UploadState(**_upload_object(record, file).model_dump(), parts=parts)
 
 
-@router.post("/{upload_id}/parts", openapi_extra=_FORM)
+@router.post("/{upload_id}/parts", openapi_extra=_FORM, responses=replies(400, 404, 413, 503, 507))
 async def add_part(upload_id: str, http: HttpRequest, services: Context, tenant: Tenant) -> UploadPartObject:
     """Receives one part, at most 64 MB. One whose connection is cut leaves nothing."""
     try:
@@ -82,7 +82,7 @@ async def add_part(upload_id: str, http: HttpRequest, services: Context, tenant:
     return _part_object(await run_in_threadpool(_add_part, services, record, received))
 
 
-@router.post("/{upload_id}/complete")
+@router.post("/{upload_id}/complete", responses=replies(400, 404, 409, 413, 503, 507))
 def complete(upload_id: str, body: CompleteUpload, services: Context, tenant: Tenant) -> UploadObject:
     """Makes a file of the parts in this order; prefilling goes on after the reply."""
     services.check_open()
@@ -90,7 +90,7 @@ def complete(upload_id: str, body: CompleteUpload, services: Context, tenant: Te
     return _upload_object(record, file)
 
 
-@router.post("/{upload_id}/cancel")
+@router.post("/{upload_id}/cancel", responses=replies(400, 404, 409, 503, 507))
 def cancel(upload_id: str, services: Context, tenant: Tenant) -> UploadObject:
     """Ends an upload and removes its parts."""
     return _upload_object(services.uploads.cancel(upload_id, tenant), None)

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -52,6 +53,42 @@ def test_health_ready_metrics_and_docs(live: Live) -> None:
     assert {"/v1/files", "/v1/chat/completions", "/v1/files/{file_id}/events"} <= paths.keys()
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status"),
+    [
+        ("POST", "/v1/chat/completions", {"json": {"model": MODEL}}, 400),
+        ("POST", "/v1/chat/completions", {"json": {"model": "other", "messages": ask("file-0")}}, 404),
+        ("POST", "/v1/files", {"data": {"purpose": "vision"}}, 400),
+        ("GET", "/v1/files", {"params": {"limit": "many"}}, 400),
+        ("GET", "/v1/files/{file_id}/chunks/{index}/thumbnail", {}, 404),
+        ("GET", "/v1/files/{file_id}/content", {"headers": {"range": "bytes=999999999-"}}, 416),
+        ("POST", "/v1/files/{file_id}/relevance", {"json": {"question": "?" * 4_000_000}}, 413),
+        ("GET", "/v1/uploads/{upload_id}", {}, 404),
+        ("GET", "/v1/models/{model_id}", {}, 404),
+    ],
+)
+def test_refusals_are_as_described(
+    live: Live, file_id: str, method: str, path: str, options: dict[str, Any], status: int
+) -> None:
+    described = httpx.get(f"{live.url}/openapi.json").json()
+    schemas = described["components"]["schemas"]
+    names = {"file_id": file_id, "index": 99, "upload_id": "upload_0", "model_id": "other"}
+    reply = httpx.request(method, live.url + path.format(**names), **options)
+    assert reply.status_code == status
+    assert reply.json().keys() == schemas["ErrorReply"]["properties"].keys()
+    assert reply.json()["error"].keys() == schemas["ErrorDetails"]["properties"].keys()
+    replies = described["paths"][path][method.lower()]["responses"]
+    assert replies[str(status)]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorReply"}
+
+
+def test_nothing_is_described_that_is_never_sent(live: Live) -> None:
+    described = httpx.get(f"{live.url}/openapi.json").json()
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+    assert not [name for name in described["components"]["schemas"] if "ValidationError" in name]
+
+
 def test_the_playground_is_complete_and_self_contained(live: Live) -> None:
     page = httpx.get(live.url)
     assert page.headers["content-type"].startswith("text/html")
@@ -70,6 +107,11 @@ def test_keys_open_and_tenants_do_not_see_each_other(serve: Serve, video: Path) 
             assert httpx.get(live.url + path).status_code == 200
         for path in ("/v1/files", "/v1/models", "/metrics", "/docs", "/openapi.json", "/nothing"):
             assert httpx.get(live.url + path).status_code == 401
+        described = httpx.get(f"{live.url}/openapi.json", headers={"authorization": "Bearer first"}).json()
+        for path, operations in described["paths"].items():
+            for method, operation in operations.items():
+                guarded = httpx.request(method, live.url + path).status_code == 401
+                assert guarded == ("401" in operation["responses"]), path
         for header in ("Bearer wrong", "Bearer", "Basic first", "first", "Bearer first x"):
             reply = httpx.get(f"{live.url}/v1/files", headers={"authorization": header})
             assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
