@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,45 +27,50 @@ async def ingest(services: Services, sources: Sequence[Source], sampling: Sampli
 
     Raises ApiError: 400 for what is no video or not allowed, 413 for what is too large.
     """
-    waiting: set[Path] = set()
+    copies: list[_Copy] = []
+    taken = threading.Event()
     try:
-        copies = []
         for source in sources:
             with tempfile.NamedTemporaryFile(dir=services.spool, suffix=".part", delete=False) as file:
-                waiting.add(Path(file.name))
+                copies.append(copy := _Copy(source, Path(file.name)))
                 if source.is_remote:
-                    filename = await fetch(services, source, "video", file, services.settings.max_upload_bytes)
+                    copy.filename = await fetch(services, source, "video", file, services.settings.max_upload_bytes)
                 else:
-                    filename = await run_in_threadpool(_copy, services, source, file)
-                copies.append(_Copy(source, Path(file.name), filename))
+                    copy.filename = await run_in_threadpool(_copy, services, source, file)
         # Not the event loop's own small pool: checking a video may take long, and questions must not wait for that.
-        return await run_in_threadpool(_take, services, copies, waiting, sampling, tenant)
+        return await run_in_threadpool(_take, services, copies, taken, sampling, tenant)
     finally:
-        for path in waiting:
-            path.unlink()
+        if not taken.is_set():  # otherwise a thread has them, and goes on if we are cancelled
+            for copy in copies:
+                copy.path.unlink()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Copy:
     """What a source holds, in a file of ours; and its name there."""
 
     source: Source
     path: Path
-    filename: str
+    filename: str = ""
 
 
 def _take(
-    services: Services, copies: Sequence[_Copy], waiting: set[Path], sampling: Sampling, tenant: str
+    services: Services, copies: Sequence[_Copy], taken: threading.Event, sampling: Sampling, tenant: str
 ) -> list[str]:
-    """Hands all copies to the library, which takes them out of ``waiting``, or none."""
-    for copy in copies[1:]:  # a bad one must not leave those before it in the library
-        with _naming(copy.source):
-            services.engine.library.check(copy.path, sampling)
-    file_ids = []
-    for copy in copies:
-        waiting.remove(copy.path)  # the library sees to it from here on
-        file_ids.append(_create(services, copy, sampling, tenant))
-    return file_ids
+    """Hands all copies to the library or none, and sees to those that it has not got."""
+    taken.set()
+    waiting = list(copies)
+    try:
+        for copy in copies[1:]:  # a bad one must not leave those before it in the library
+            with _naming(copy.source):
+                services.engine.library.check(copy.path, sampling)
+        file_ids = []
+        while waiting:
+            file_ids.append(_create(services, waiting.pop(0), sampling, tenant))  # the library sees to it from here on
+        return file_ids
+    finally:
+        for copy in waiting:
+            copy.path.unlink()
 
 
 def _create(services: Services, copy: _Copy, sampling: Sampling, tenant: str) -> str:

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from live import MODEL, Live, Serve
@@ -195,7 +196,19 @@ def test_other_hosts_are_never_asked(fetching: Live, media: Media, live: Live) -
     assert len(media.asked) == before + 1
 
 
-def test_nobody_listens(serve: Serve, fetching: Live) -> None:
+def test_a_client_that_goes_away_ends_the_fetching(serve: Serve, media: Media) -> None:
+    content = [{"type": "video_url", "video_url": {"url": media.url("/slow")}}, {"type": "text", "text": "What?"}]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
+    with serve(allowed_media_domains=(HOST,), fetch_timeout_s=60) as live:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=0.5)
+        end_s = time.monotonic() + 10
+        while list(live.backend.spool.folder.glob("*.part")):
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
+
+
+def test_nobody_listens(fetching: Live) -> None:
     with pytest.raises(openai.BadRequestError, match="cannot be fetched") as refused:
         ask(fetching, f"http://{HOST}:1/a.mp4")
     assert refused.value.code == "url_not_fetched"
