@@ -95,7 +95,7 @@ def test_a_long_prompt_is_read_piece_by_piece(
     record = driver.upload(four_chunks)
     with driver.held():
         answer = driver.start(record, long, dial=dial)
-        short = driver.start(record, "Where?", max_tokens=2)
+        short = driver.start(record, "Where?", dial=Dial(reload=0), max_tokens=2)  # nothing of it waits for the store
     assert answer.wait().text == expected.text
     assert short.wait().finish_reason == "length" and short.times_s[-1] < answer.times_s[0]
     assert answer.outcome.scores == pytest.approx(expected.outcome.scores, abs=1e-5)
