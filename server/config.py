@@ -7,13 +7,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "X2L_"
 CLIENT_VARIABLES = frozenset({"X2L_BASE_URL"})  # X2L_API_KEY serves both sides
 
 Names = Annotated[tuple[str, ...], NoDecode]
+
+_HOST = re.compile(r"\w[\w.-]*|[0-9a-fA-F:]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*")
+"""A name, an IPv4 address, or an IPv6 address."""
 
 
 class SettingsError(ValueError):
@@ -105,8 +108,10 @@ class Settings(BaseSettings):
 
     @field_validator("api_key", "cors_origin", "allowed_media_domains", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
+    def _split(cls, value: Any, info: ValidationInfo) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
+        if info.field_name != "api_key":  # which may hold a comma, where it is an option of its own
+            parts = [part for each in parts for part in str(each).split(",")]
         if any(not str(part).strip() for part in parts):
             raise ValueError("an empty entry in the list")
         return tuple(str(part).strip() for part in parts)
@@ -114,8 +119,9 @@ class Settings(BaseSettings):
     @field_validator("allowed_media_domains")
     @classmethod
     def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any("/" in host for host in value):
-            raise ValueError("a domain is the name of a host, such as media.example.com")
+        for host in value:
+            if not _HOST.fullmatch(host):
+                raise ValueError(f"a domain is the whole name of a host, such as media.example.com, not {host!r}")
         return tuple(host.lower() for host in value)
 
     @field_validator("api_key")

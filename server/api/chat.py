@@ -34,7 +34,10 @@ _Videos = dict[str, Source]
 """The parts that hold a request's videos, by the ids of the files that these are, in the order of the cache."""
 
 
-@router.post("/v1/chat/completions", responses=replies(400, 404, 413, 429, 503, 507))
+@router.post(
+    "/v1/chat/completions",
+    responses=replies(400, 404, 413, 429, 503, 507, media_types=["text/event-stream"]),
+)
 async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: Tenant) -> Response:
     """An answer, streamed or whole, as OpenAI sends it, with the evidence in ``x2l``."""
     refuse_unsupported(body.model_extra)

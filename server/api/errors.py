@@ -79,10 +79,15 @@ def file_not_found(file_id: str, *, param: str = "file_id") -> ApiError:
     return ApiError(404, f"No such file: {file_id[:80]!r}", param=param, code="file_not_found")
 
 
-def replies(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
-    """The ``responses`` of a route that refuses with these statuses. ``default`` stands for all others, and keeps
-    FastAPI from adding its own 422, which is never sent."""
-    return {status: {"model": ErrorReply, "description": _REPLIES[status]} for status in statuses}
+def replies(*statuses: int | str, media_types: Sequence[str] = ()) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route that refuses with these statuses, and answers in other ``media_types`` than its
+    response class tells. ``default`` stands for all other statuses, and keeps FastAPI from adding its own 422, which is
+    never sent."""
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorReply, "description": _REPLIES[status]} for status in statuses
+    }
+    answers = {name: {"schema": {"type": "string"}} for name in media_types}
+    return ({200: {"content": answers}} if answers else {}) | refusals
 
 
 def error_type(status: int) -> str:

@@ -128,7 +128,9 @@ def delete_file(file_id: str, services: Context, tenant: Tenant) -> FileDeleted:
     return FileDeleted(id=file_id)
 
 
-@router.get("/{file_id}/events", responses=replies(404, 503))
+@router.get(
+    "/{file_id}/events", response_class=Response, responses=replies(404, 503, media_types=["text/event-stream"])
+)
 async def events(file_id: str, services: Context, tenant: Tenant) -> Response:
     """The file each time it changes, until it is processed or has failed. A stream that ends before that was cut off by
     a server that stops: ask again."""
@@ -154,7 +156,11 @@ def chunks(file_id: str, services: Context, tenant: Tenant) -> list[ChunkObject]
     ]
 
 
-@router.get("/{file_id}/chunks/{index}/thumbnail", responses=replies(400, 404, 503))
+@router.get(
+    "/{file_id}/chunks/{index}/thumbnail",
+    response_class=Response,
+    responses=replies(400, 404, 503, media_types=["image/jpeg"]),
+)
 def thumbnail(file_id: str, index: int, services: Context, tenant: Tenant) -> Response:
     """A small JPEG of the chunk."""
     jpeg = services.engine.library.thumbnail(_record(services, file_id, tenant), index)
@@ -163,7 +169,7 @@ def thumbnail(file_id: str, index: int, services: Context, tenant: Tenant) -> Re
     return Response(jpeg, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
 
 
-@router.get("/{file_id}/content", responses=replies(404, 416, 503))
+@router.get("/{file_id}/content", response_class=Response, responses=replies(404, 416, 503, media_types=["video/*"]))
 def content(file_id: str, http: HttpRequest, services: Context, tenant: Tenant) -> Response:
     """The uploaded bytes, also in part (``Range``)."""
     record = _record(services, file_id, tenant)

@@ -28,7 +28,7 @@ async def ready(services: Context) -> Response:
     return JSONResponse({"status": "stopping" if services.stopping else "starting"}, 503)
 
 
-@router.get("/metrics", responses=replies(401, "default"))
+@router.get("/metrics", response_class=Response, responses=replies(401, "default", media_types=["text/plain"]))
 async def metrics(services: Context) -> Response:
     """The engine's gauges for Prometheus."""
     return Response(generate_latest(services.engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)

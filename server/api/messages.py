@@ -137,4 +137,6 @@ def _from_reference(reference: VideoReference, at: str) -> Source:
 def _checked(source: Source) -> Source:
     if source.is_stored or source.is_url:
         return source
-    raise bad_request(f"{source.param} must be a file id or a data: URL", param=source.param, code="invalid_url")
+    raise bad_request(
+        f"{source.param} must be a file id, or a data:, file: or http(s): URL", param=source.param, code="invalid_url"
+    )

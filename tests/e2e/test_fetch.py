@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import openai
 import pytest
 from live import MODEL, Live, Serve
 from PIL import Image
+
+from server.bench.serving.process import serving
 
 HOST, OTHER_HOST = "127.0.0.1", "localhost"  # one machine, two names
 MOST_VIDEO, MOST_IMAGE = 3_000_000, 50_000
@@ -208,7 +213,24 @@ def test_a_client_that_goes_away_ends_the_fetching(serve: Serve, media: Media) -
             time.sleep(0.05)
 
 
-def test_nobody_listens(fetching: Live) -> None:
+def test_fetching_ends_when_the_server_stops(media: Media, tmp_path: Path) -> None:
+    content = [{"type": "video_url", "video_url": {"url": media.url("/slow")}}, {"type": "text", "text": "What?"}]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
+    options = ("--store", f"disk:{tmp_path}/store", "--allowed-media-domains", f"{OTHER_HOST},{HOST}")
+    with serving(*options) as served, ThreadPoolExecutor() as threads:
+        before = media.asked.count("/slow")
+        asked = threads.submit(httpx.post, f"{served.url}/v1/chat/completions", json=body, timeout=60)
+        end_s = time.monotonic() + 10
+        while media.asked.count("/slow") == before:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+        os.kill(served.pid, signal.SIGTERM)
+        reply = asked.result()
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shutting_down")
+
+
+@pytest.mark.parametrize("port", [1, 99999])
+def test_nobody_listens(fetching: Live, port: int) -> None:
     with pytest.raises(openai.BadRequestError, match="cannot be fetched") as refused:
-        ask(fetching, f"http://{HOST}:1/a.mp4")
+        ask(fetching, f"http://{HOST}:{port}/a.mp4")
     assert refused.value.code == "url_not_fetched"

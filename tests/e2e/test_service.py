@@ -81,6 +81,16 @@ def test_refusals_are_as_described(
     assert replies[str(status)]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorReply"}
 
 
+@pytest.mark.parametrize(
+    "path", ["/v1/files/{file_id}/events", "/v1/files/{file_id}/chunks/0/thumbnail", "/v1/files/{file_id}/content"]
+)
+def test_answers_that_are_no_json_are_described_as_such(live: Live, file_id: str, path: str) -> None:
+    described = httpx.get(f"{live.url}/openapi.json").json()
+    sent = httpx.get(live.url + path.format(file_id=file_id)).headers["content-type"].partition(";")[0]
+    (told,) = described["paths"][path.replace("/0/", "/{index}/")]["get"]["responses"]["200"]["content"]
+    assert sent == told or (told == "video/*" and sent.startswith("video/"))
+
+
 def test_nothing_is_described_that_is_never_sent(live: Live) -> None:
     described = httpx.get(f"{live.url}/openapi.json").json()
     for path, operations in described["paths"].items():

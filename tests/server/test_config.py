@@ -19,6 +19,12 @@ def test_options_go_over_variables_and_these_over_defaults(monkeypatch: pytest.M
     assert settings.allowed_media_domains == ("media.example.com", "10.0.0.1")
 
 
+def test_lists_of_options_are_split_at_commas_too() -> None:
+    given = load_settings(allowed_media_domains=["a.example,B.example", "::1"], api_key=["one,two", "three"])
+    assert given.allowed_media_domains == ("a.example", "b.example", "::1")
+    assert given.api_key == ("one,two", "three")
+
+
 def test_the_default_store_is_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", "/somewhere")
     assert load_settings().store == "disk:/somewhere/x2l"
@@ -59,7 +65,9 @@ def test_a_bad_option_is_named_as_such() -> None:
     [
         ("gpu_kv_budget", "-1", "a size such as 512MiB, not '-1'"),
         ("store_cache_bytes", "lots", "a size such as 512MiB, not 'lots'"),
-        ("allowed_media_domains", "https://example.com", "the name of a host"),
+        ("allowed_media_domains", "https://example.com", "the whole name of a host"),
+        ("allowed_media_domains", ["example.com", "*.example.com"], "not '*.example.com'"),
+        ("allowed_media_domains", "example.com:80", "not 'example.com:80'"),
         ("prefill_mode", "fast", "exact, recent-N, high-memory or bounded-N"),
     ],
 )
