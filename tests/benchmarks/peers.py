@@ -3,7 +3,7 @@
 For videos of several lengths, on the same weights (Qwen2.5-VL, random or those of ``--model FOLDER``) and in one run:
 
 - ``prefill``: transformers' ``generate``, to which every question is the whole video again;
-- ``resident``: what prefix caching gives at best, the whole uncompressed KVs on the device, question by question;
+- ``resident``: the whole uncompressed KVs kept on the device by ``generate``, as prefix caching keeps them;
 - ``from disk``: those KVs read from a file (of the page cache, if it fits) for a question;
 - ``transformers serve``: transformers' own server, asked over HTTP, which reads and prefills the file each time; once
   with the few frames that it takes by itself, once with as many as this server takes;
