@@ -169,6 +169,7 @@ def _engine_options(settings: Settings, spool: Spool, model: VideoModel) -> Engi
         max_queue=settings.max_queue,
         max_tokens=settings.max_tokens,
         max_concurrent_prefills=settings.max_concurrent_prefills,
+        prefill_share=settings.prefill_share,
         default_reload=settings.reload,
         keep_video=settings.keep_video,
         low_precision="exact" if settings.kv_dtype == "auto" else settings.kv_dtype,

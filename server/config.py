@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     max_batch: int = Field(16, ge=1, description="Requests decoded together.")
     max_concurrent_prefills: int = Field(2, ge=1, description="Videos decoded and prefilled at the same time.")
     max_tokens: int = Field(1024, ge=1, description="Most tokens of one answer.")
+    prefill_share: float = Field(
+        0.4, gt=0, lt=1, description="Of the engine's time, the part that uploads get at most while answers run."
+    )
 
     max_upload_bytes: ByteSize = Field(ByteSize(4 * 2**30), ge=1, description="Largest uploaded file.")
     max_inline_bytes: ByteSize = Field(ByteSize(64 * 2**20), ge=1, description="Largest video inside a chat message.")

@@ -15,7 +15,7 @@ class EngineOptions:
     """Bounds and policies. None means no bound, or the model's own default.
 
     ``max_batch`` requests hold a cache and run; ``max_queue`` more may wait. One pass takes at most ``prompt_step``
-    tokens of a prompt, so that a long one holds nobody up. ``prefill_share`` of the engine's time goes to uploads
+    tokens of a prompt, so that a long one holds nobody up. Up to ``prefill_share`` of the engine's time goes to uploads
     while questions are running as well, and the rest to the questions. ``spool`` is the folder for temporary files,
     ``low_precision`` how L-KVs are stored.
 

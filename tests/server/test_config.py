@@ -56,6 +56,8 @@ def test_a_bad_variable_is_named_in_one_line(name: str, value: str, monkeypatch:
 def test_a_bad_option_is_named_as_such() -> None:
     with pytest.raises(SettingsError, match="--max-queue"):
         load_settings(max_queue="0")
+    with pytest.raises(SettingsError, match="--prefill-share"):
+        load_settings(prefill_share="1")
     with pytest.raises(SettingsError, match="low_ratio"):
         load_settings(low_ratio=16, high_ratio=2)
 

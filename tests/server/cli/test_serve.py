@@ -68,8 +68,10 @@ def test_how_many_hours_have_room() -> None:
     assert told == f"KVs of about 5.0 hours on the device (--gpu-kv-budget), 3.0 hours {in_store}"
     for budget_nbytes, words in ((high_nbytes // 2, "30 minutes"), (2000 * high_nbytes, "2,000 hours")):
         assert f"about {words} on" in plan(settings, model, EngineOptions(resident_nbytes=budget_nbytes))["room"]
-    with contextlib.closing(open_backend(Settings(store="memory://", device="cpu"))) as backend:
-        assert backend.engine.options.resident_nbytes == default_kept_nbytes(model.device, None) == 2 << 30
+    with contextlib.closing(open_backend(Settings(store="memory://", device="cpu", prefill_share=0.3))) as backend:
+        options = backend.engine.options
+    assert options.resident_nbytes == options.shared_low_nbytes == default_kept_nbytes(model.device, None) == 2 << 30
+    assert options.prefill_share == 0.3
 
 
 def test_levels_that_are_alike_are_warned_of() -> None:
