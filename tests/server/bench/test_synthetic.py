@@ -81,7 +81,7 @@ def test_what_a_killed_run_was_at_goes_with_the_next(tmp_path: Path) -> None:
     program = (
         "from pathlib import Path; from server.bench.synthetic import SyntheticVideo, making\n"
         "if __name__ == '__main__':\n"
-        f"    with making([SyntheticVideo(chunks=2, seed=1)], Path({str(tmp_path)!r})):\n"
+        f"    with making([SyntheticVideo(chunks=100, seed=1)], Path({str(tmp_path)!r})):\n"
         "        input()\n"
     )
     script = tmp_path.with_suffix(".py")
