@@ -87,9 +87,11 @@ class DecoderModel(VideoModel):
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Tensor:
-        passes = self._passes(rows)
-        if len(passes) > 1:
-            return torch.cat([self.forward(part) for part in passes])
+        logits = [self._read(part) for part in self._passes(rows)]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _read(self, rows: Sequence[Row]) -> Tensor:
+        """One of the passes of :meth:`forward`."""
         if self._decoding is not None and self._takes(rows):
             return self._decoding.read(_prompts(rows))
         windows = [self._window(row) for row in rows]
@@ -146,6 +148,8 @@ class DecoderModel(VideoModel):
     def _passes(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Few passes for all rows, in their order: over what the decoder's kernels take together, and over what they do
         not take at all."""
+        if self._decoding is None:
+            return [list(rows)]
         passes: list[list[Row]] = []
         for row in rows:
             together = [*passes[-1], row] if passes else [row]
