@@ -20,11 +20,12 @@ from server.api.failures import api_error
 from server.api.images import see
 from server.api.inline import ingest
 from server.api.messages import Conversation, parse_messages
+from server.api.reply import ChatCompletion, ChatCompletionChunk, Reply, evidence
 from server.api.schemas import ChatRequest
 from server.api.sources import Source
 from server.api.unsupported import refuse_unsupported
 from server.engine.errors import FileNotFound, VideoFailed
-from server.engine.request import Outcome, Request, SamplingParams
+from server.engine.request import Request, SamplingParams
 
 router = APIRouter()
 
@@ -36,7 +37,7 @@ _Videos = dict[str, Source]
 
 @router.post(
     "/v1/chat/completions",
-    responses=replies(400, 404, 413, 429, 503, 507, media_types=["text/event-stream"]),
+    responses=replies(400, 404, 413, 429, 503, 507, model=ChatCompletion, media_types=["text/event-stream"]),
 )
 async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: Tenant) -> Response:
     """An answer, streamed or whole, as OpenAI sends it, with the evidence in ``x2l``."""
@@ -48,7 +49,7 @@ async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: 
     _limit("videos", conversation.videos, services.settings.max_videos)
     _limit("images", conversation.images, services.settings.max_images)
     images, videos = await unless_disconnected(http, _media(body, conversation, services, tenant))
-    reply = _Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model)
+    reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model)
     request = Request(
         id=reply.id,
         turns=conversation.turns,
@@ -180,92 +181,31 @@ def _refusal(error: Exception, videos: _Videos) -> ApiError:
 
 
 async def _events(
-    http: HttpRequest, answer: Answer, reply: _Reply, videos: _Videos, *, with_usage: bool, keep_alive_s: float
+    http: HttpRequest, answer: Answer, reply: Reply, videos: _Videos, *, with_usage: bool, keep_alive_s: float
 ) -> AsyncIterator[bytes]:
-    usage: dict[str, Any] = {"usage": None} if with_usage else {}
-    yield sse.event(reply.chunk({"role": "assistant", "content": ""}) | usage)
+    def event(chunk: ChatCompletionChunk) -> bytes:
+        if with_usage:
+            chunk.setdefault("usage", None)
+        return sse.event(chunk)
+
+    yield event(reply.chunk({"role": "assistant", "content": ""}))
     try:
         async for delta in answer.deltas(keep_alive_s):
             if delta is None:
                 yield sse.COMMENT
                 continue
             if delta.text:
-                yield sse.event(reply.chunk({"content": delta.text}) | usage)
+                yield event(reply.chunk({"content": delta.text}))
             if delta.outcome is not None:
                 last = reply.chunk({}, delta.finish_reason)
                 if delta.outcome.files:
-                    last["x2l"] = _evidence(delta.outcome)
-                yield sse.event(last | usage)
+                    last["x2l"] = evidence(delta.outcome)
+                yield event(last)
                 if with_usage:
-                    yield sse.event(
-                        reply.head("chat.completion.chunk") | {"choices": [], "usage": _usage(delta.outcome)}
-                    )
+                    yield event(reply.last(delta.outcome))
     except Exception as error:  # the status is long sent: whatever it is, the client gets to know it here
         refusal = _refusal(error, videos)
         http.state.failed_status = refusal.status_code
         yield sse.event(refusal.body())
         return
     yield sse.DONE
-
-
-class _Reply:
-    """The JSON objects of one answer: same id, time and model throughout."""
-
-    def __init__(self, reply_id: str, created: int, model: str) -> None:
-        self.id = reply_id
-        self._created = created
-        self._model = model
-
-    def head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
-
-    def chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self.head("chat.completion.chunk") | {"choices": [choice]}
-
-    def completion(self, text: str, finish_reason: str, outcome: Outcome) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        whole = self.head("chat.completion") | {"choices": [choice], "usage": _usage(outcome)}
-        if outcome.files:
-            whole["x2l"] = _evidence(outcome)
-        return whole
-
-
-def _usage(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "prompt_tokens": outcome.prompt_tokens,
-        "completion_tokens": outcome.completion_tokens,
-        "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": outcome.cached_tokens},
-    }
-
-
-def _evidence(outcome: Outcome) -> dict[str, Any]:
-    """The response's ``x2l`` object. What tells several files apart is left out where there is one."""
-    several = len(outcome.files) > 1
-    files = [{"file_id": file.file_id, "num_chunks": file.num_chunks} for file in outcome.files]
-    return {
-        "file_id": outcome.files[0].file_id,
-        **({"files": files} if several else {}),
-        "evidence": [
-            {
-                **({"file_id": item.file_id} if several else {}),
-                "chunk": item.chunk,
-                "start_s": item.start_s,
-                "end_s": item.end_s,
-                "score": item.score,
-            }
-            for item in outcome.evidence
-        ],
-        "scores": list(outcome.scores),
-        "kv_tokens": {"mixed": outcome.mixed_tokens, "low": outcome.low_tokens, "high": outcome.high_tokens},
-        "degraded": outcome.degraded,
-        "timings_ms": {
-            "score": outcome.score_ms,
-            "reload": outcome.reload_ms,
-            "prefill": outcome.prefill_ms,
-            "decode": outcome.decode_ms,
-        },
-        "reload_bytes": outcome.reload_nbytes,
-    }

@@ -79,15 +79,19 @@ def file_not_found(file_id: str, *, param: str = "file_id") -> ApiError:
     return ApiError(404, f"No such file: {file_id[:80]!r}", param=param, code="file_not_found")
 
 
-def replies(*statuses: int | str, media_types: Sequence[str] = ()) -> dict[int | str, dict[str, Any]]:
-    """The ``responses`` of a route that refuses with these statuses, and answers in other ``media_types`` than its
-    response class tells. ``default`` stands for all other statuses, and keeps FastAPI from adding its own 422, which is
-    never sent."""
+def replies(
+    *statuses: int | str, model: type | None = None, media_types: Sequence[str] = ()
+) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route that refuses with these statuses, and answers with a ``model`` or in ``media_types``
+    that its response class does not tell. ``default`` stands for all other statuses, and keeps FastAPI from adding its
+    own 422, which is never sent."""
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorReply, "description": _REPLIES[status]} for status in statuses
     }
-    answers = {name: {"schema": {"type": "string"}} for name in media_types}
-    return ({200: {"content": answers}} if answers else {}) | refusals
+    answer: dict[str, Any] = {"model": model} if model else {}
+    if media_types:
+        answer["content"] = {name: {"schema": {"type": "string"}} for name in media_types}
+    return ({200: answer} if answer else {}) | refusals
 
 
 def error_type(status: int) -> str:

@@ -58,7 +58,7 @@ async def _fetch(services: Services, source: Source, kind: Kind, target: IO[byte
                     if not response.is_success:
                         raise failed(f"{url.host} answers with HTTP status {response.status_code}")
                     await _receive(response, source, kind, target, max_bytes)
-                    return PurePosixPath(urllib.parse.unquote(url.path)).name
+                    return PurePosixPath(urllib.parse.unquote(url.path)).name or url.host
             raise failed(f"it was redirected more than {_MOST_REDIRECTS} times")
     except TimeoutError:
         raise failed(f"it took longer than {limit_s:g} s") from None

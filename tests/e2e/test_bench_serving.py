@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from server.bench.serving import run
@@ -82,3 +83,9 @@ def test_a_model_that_cannot_be_had_is_told_before_videos_are_made(
     ran = CliRunner().invoke(x2l, ["bench", "serving", "--model", str(folder)])
     assert ran.exit_code == 1
     assert ran.stderr.startswith("x2l: ") and ran.stderr.count("\n") == 1 and message in ran.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_told_before_videos_are_made() -> None:
+    ran = CliRunner().invoke(x2l, ["bench", "serving", "--device", "cuda"])
+    assert (ran.exit_code, ran.stderr) == (1, "x2l: device 'cuda' was asked for, but no CUDA device is available\n")

@@ -87,6 +87,7 @@ def media(video: Path) -> Iterator[Media]:
     Image.new("RGB", (64, 48), "red").save(picture, "PNG")
     files = {
         "/a%20film.mp4": video.read_bytes(),
+        "/": video.read_bytes() + b"\0\0\0\x08free",
         "/red.png": picture.getvalue(),
         "/large.mp4": video.read_bytes() + bytes(MOST_VIDEO),
         "/large.png": picture.getvalue() + bytes(MOST_IMAGE),
@@ -143,6 +144,12 @@ def test_a_video_behind_a_url_is_as_one_that_was_uploaded(fetching: Live, media:
         ]
         stored = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=8)
     assert stored.choices[0].message.content == answer.choices[0].message.content
+
+
+def test_a_video_without_a_name_has_its_hosts(fetching: Live, media: Media) -> None:
+    answer = ask(fetching, media.url("/"))
+    with fetching.client() as client:
+        assert client.files.retrieve(answer.x2l["file_id"]).filename == HOST
 
 
 def test_an_image_behind_a_url(fetching: Live, media: Media) -> None:

@@ -81,6 +81,29 @@ def test_refusals_are_as_described(
     assert replies[str(status)]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorReply"}
 
 
+def test_an_answer_is_as_described(live: Live, file_id: str) -> None:
+    described = httpx.get(f"{live.url}/openapi.json").json()
+    content = described["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert content.keys() == {"application/json", "text/event-stream"}
+
+    def check(value: Any, schema: dict[str, Any]) -> None:
+        if "$ref" in schema:
+            schema = described["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+        if isinstance(value, dict):
+            assert set(schema["required"]) <= value.keys() <= schema["properties"].keys()
+            for name in value:
+                check(value[name], schema["properties"][name])
+        elif isinstance(value, list):
+            assert value
+            for item in value:
+                check(item, schema["items"])
+        elif value is None:
+            assert schema["type"] == "null"
+
+    question = {"model": MODEL, "messages": ask(file_id), "max_tokens": 1}
+    check(httpx.post(f"{live.url}/v1/chat/completions", json=question).json(), content["application/json"]["schema"])
+
+
 @pytest.mark.parametrize(
     "path", ["/v1/files/{file_id}/events", "/v1/files/{file_id}/chunks/0/thumbnail", "/v1/files/{file_id}/content"]
 )

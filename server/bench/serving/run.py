@@ -28,7 +28,7 @@ from server.bench.serving.resident import full_cache, measure_resident
 from server.bench.serving.table import make_table
 from server.bench.serving.video import UploadedVideo, upload
 from server.client import ServerError
-from server.models.registry import find_model
+from server.models.registry import Device, choose_device, find_model
 from server.spool import Spool
 
 _WIDTH, _HEIGHT, _FPS = 640, 360, 25
@@ -48,7 +48,7 @@ class Target:
     """The model, and more options of ``x2l serve`` in one string."""
 
     model: str = "tiny"
-    device: str = "auto"
+    device: Device = "auto"
     dtype: str = "auto"
     options: str = ""
 
@@ -85,7 +85,8 @@ class Sizes:
 def run_serving(target: Target, sizes: Sizes, tell: Tell, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All rows, as the JSON that is published; ``keep`` gets what there is of it after every part, in case that the
     next one fails. Raises ValueError, ServerUnusable, VideoRefused, ServerError, httpx.HTTPError, OSError."""
-    find_model(target.model)  # a mistake is told before videos are made
+    find_model(target.model)  # mistakes are told before videos are made
+    choose_device(target.device)
     result: dict[str, Any] = circumstances("x2l", bundled=target.model == "tiny") | {
         "load_average": round(os.getloadavg()[0], 1),  # others' work slows everything
         "target": asdict(target),
