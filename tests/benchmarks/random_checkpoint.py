@@ -190,6 +190,7 @@ def _write_qwen2_5_vl(folder: Path, num_layers: int, ids: Mapping[str, int]) -> 
         "tokens_per_second": 2,
     }
     config = Qwen2_5_VLConfig(
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
         text_config=text,
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
