@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import timedelta
 
-from torch import nn
-
 from kvstore.open import without_password
 from server.config import Settings
 from server.engine.fit import longest_in_memory
@@ -19,9 +17,6 @@ _ALIKE = "both ratios are the same, so re-loading chunks gains nothing (--low-ra
 def plan(settings: Settings, model: VideoModel, options: EngineOptions) -> dict[str, str]:
     """What the server will do, before it does it."""
     spec = model.spec
-    # A model keeps its modules as attributes; the contract asks for none in particular.
-    modules = [value for value in vars(model).values() if isinstance(value, nn.Module)]
-    num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
     token_nbytes = model.token_nbytes
     low_nbytes, high_nbytes = _hour_nbytes(settings, spec, token_nbytes)
     rooms: dict[str, float] = {}
@@ -36,7 +31,7 @@ def plan(settings: Settings, model: VideoModel, options: EngineOptions) -> dict[
     modes = [f"{mode} up to {timedelta(seconds=int(most_s))}" for mode, most_s in longest]
     served = f" as {settings.served_model_name}" if settings.served_model_name else ""
     lines = {
-        "model": f"{spec.name}{served}, {num_parameters / 1e6:.1f} M parameters",
+        "model": f"{spec.name}{served}, {model.num_parameters / 1e6:.1f} M parameters",
         "device": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",
         "store": without_password(settings.store),
         "chunk": f"{spec.frames_per_chunk} frames of {spec.tokens_per_frame} tokens, {chunk_s:g} s at {spec.fps:g} fps",

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from compression.kv import ChunkKV
@@ -232,6 +232,12 @@ class VideoModel(ABC):
     @abstractmethod
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Appends every row's image and tokens to its cache; float32 logits [rows, vocab] of the rows' last tokens."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all modules that it keeps as attributes."""
+        modules = (value for value in vars(self).values() if isinstance(value, nn.Module))
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
     def step_decoder(self, max_rows: int) -> StepDecoder | None:
         """For at most ``max_rows`` rows a step; None where :meth:`forward` is as good."""

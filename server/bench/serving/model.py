@@ -50,6 +50,7 @@ def measure_model(video: Path, repeats: int, tick: Callable[[], None], **setting
     floor = Floor(paces, num_step_weights(model.decoder) * model.dtype.itemsize, model.token_nbytes)
     facts = describe_gpu(model.device) | {
         "paces": {name: float(f"{pace:.4g}") for name, pace in asdict(paces).items()},
+        "weight_nbytes": model.num_parameters * model.dtype.itemsize,
         "weight_nbytes_a_step": floor.weight_nbytes,
         "kv_nbytes_a_token": floor.token_nbytes,
         "prefill_parts": {"decode_frames_per_s": round(decode_fps, 1)} | parts.summary(paces.matmul),

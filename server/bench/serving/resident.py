@@ -6,6 +6,7 @@ from typing import Any
 
 from server.bench.serving.asker import Asker
 from server.bench.serving.floor import Floor
+from server.bench.serving.hardware import Paces
 from server.bench.serving.video import UploadedVideo
 
 
@@ -27,10 +28,12 @@ def measure_resident(asker: Asker, video: UploadedVideo, floor: Floor, ratio: in
     }
 
 
-def full_cache(resident: dict[str, Any], floor: Floor, disk: float, memory_gb: float) -> dict[str, Any]:
+def full_cache(
+    resident: dict[str, Any], weight_nbytes: int, paces: Paces, disk: float, memory_gb: float
+) -> dict[str, Any]:
     """What prefix caching of all KVs (ratio 1, nothing compressed) would take, computed from this run's measured rates:
-    hours of video beside the weights in ``memory_gb``, and the re-load of an hour from ``disk`` (bytes a second)."""
-    room_mb = max(0.0, 1000 * memory_gb - floor.weight_nbytes / 1e6)
+    hours of video beside all weights in ``memory_gb``, and the re-load of an hour from ``disk`` (bytes a second)."""
+    room_mb = max(0.0, 1000 * memory_gb - weight_nbytes / 1e6)
     full_mb = resident["full_mb_per_hour"]
     return {
         "computed_from": "bytes a token, disk and device paces of this run",
@@ -38,5 +41,5 @@ def full_cache(resident: dict[str, Any], floor: Floor, disk: float, memory_gb: f
         "mb_per_hour": full_mb,
         "hours_that_fit": round(room_mb / full_mb, 1),
         "hours_that_fit_here": round(room_mb / resident["mb_per_hour"], 1),
-        "reload_hour_s": round(full_mb * 1e6 / min(disk, floor.paces.to_device), 3),
+        "reload_hour_s": round(full_mb * 1e6 / min(disk, paces.to_device), 3),
     }

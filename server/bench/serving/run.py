@@ -138,7 +138,7 @@ def run_serving(target: Target, sizes: Sizes, tell: Tell, keep: Callable[[dict[s
                 keep(result)
         _re_load(result, servers, videos[0], floor, tell, keep)
         result["full_kv_prefix_caching"] = full_cache(
-            result["resident"], floor, 1e9 * result["disk_gb_s"], sizes.memory_gb
+            result["resident"], result["weight_nbytes"], floor.paces, 1e9 * result["disk_gb_s"], sizes.memory_gb
         )
     result["table"] = [asdict(row) for row in make_table(result)]
     return result

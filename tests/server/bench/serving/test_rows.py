@@ -58,10 +58,11 @@ def test_follow_up_scales_the_whole_re_load_to_all_chunks():
 
 
 def test_a_peer_that_keeps_all_kvs():
-    row = full_cache({"full_mb_per_hour": 3200.0, "mb_per_hour": 100.0}, FLOOR, 1e5, 80.0)
-    assert row["hours_that_fit"] == 25.0 and row["hours_that_fit_here"] == 800.0
+    row = full_cache({"full_mb_per_hour": 3200.0, "mb_per_hour": 100.0}, 10**9, FLOOR.paces, 1e5, 80.0)
+    assert row["hours_that_fit"] == 24.7 and row["hours_that_fit_here"] == 790.0
     assert row["reload_hour_s"] == 32_000.0
-    assert full_cache({"full_mb_per_hour": 1.0, "mb_per_hour": 1.0}, FLOOR, 1e9, 80.0)["reload_hour_s"] == 1.0
+    small = {"full_mb_per_hour": 1.0, "mb_per_hour": 1.0}
+    assert full_cache(small, 10**9, FLOOR.paces, 1e9, 80.0)["reload_hour_s"] == 1.0
 
 
 def test_the_table_says_what_is_met():
@@ -92,7 +93,7 @@ def test_the_table_says_what_is_met():
             "prefill_parts": parts,
             "resident": resident | {"over_floor": 1.09},
             "load": load | {"tokens_per_s_alone": 20.0, "over_alone": 4.0, "p99_over_p50": None},
-            "full_kv_prefix_caching": full_cache(resident, FLOOR, 1e5, 80.0),
+            "full_kv_prefix_caching": full_cache(resident, 10**9, FLOOR.paces, 1e5, 80.0),
         }
     )
     by_name = {row.name.strip(): row for row in rows}
