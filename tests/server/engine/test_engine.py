@@ -291,6 +291,26 @@ def test_a_question_waits_for_its_video(drive: Drive, long_clip: Clip, two_chunk
     assert len(waiting.outcome.scores) == 50
 
 
+def test_a_text_that_is_far_too_long_is_not_tokenized_whole(
+    drive: Drive, fresh_model: Callable[..., VideoXL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take minutes, and a hundred times its memory."""
+    model = fresh_model(max_position_embeddings=70)
+    driver, tokenizer, seen = drive(model=model), model.tokenizer, 0
+
+    def encode(text: str, **options: Any) -> list[int]:
+        nonlocal seen
+        seen += len(text)
+        return original(text, **options)
+
+    original = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    with pytest.raises(ContextLengthExceeded) as refused:
+        driver.start(None, "word " * 1_000_000)
+    assert refused.value.limit == 70 and refused.value.asked > 140
+    assert seen < 100_000
+
+
 def test_what_can_never_fit_is_refused_at_once(
     drive: Drive, fresh_model: Callable[..., VideoXL], four_chunks: Clip
 ) -> None:
