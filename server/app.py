@@ -13,7 +13,9 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -120,14 +122,21 @@ def create_app(settings: Settings, backend: Backend) -> FastAPI:
         docs_url=None,
         middleware=_middleware(settings, engine.metrics),
         redoc_url=None,
+        generate_unique_id_function=_operation_id,
     )
     errors.install(app)
     failures.install(app)
-    for routes in (chat, files, uploads, models):
-        app.include_router(routes.router, responses=errors.replies(401, "default"))
+    # Middleware looks at the keys; this tells of them.
+    guard = [Security(HTTPBearer(auto_error=False, description="An API key."))] if settings.api_key else []
+    for name, routes in (("chat", chat), ("files", files), ("uploads", uploads), ("models", models)):
+        app.include_router(routes.router, tags=[name], dependencies=guard, responses=errors.replies(401, "default"))
     for routes in (health, playground, docs):
         app.include_router(routes.router)
     return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
 
 
 async def _sweep(unfinished: Uploads) -> None:

@@ -33,7 +33,7 @@ class Answer:
         try:
             await asyncio.shield(submitted)
         except asyncio.CancelledError:
-            submitted.add_done_callback(lambda future: None if future.exception() else self.cancel())
+            submitted.add_done_callback(self._on_submitted)
             raise
 
     async def wait_first(self, timeout_s: float) -> None:
@@ -76,6 +76,10 @@ class Answer:
         if not self._ended:
             self._ended = True
             self._engine.cancel(self._request.id)
+
+    def _on_submitted(self, submitted: asyncio.Future[None]) -> None:
+        if not submitted.cancelled() and submitted.exception() is None:
+            self.cancel()
 
     def _on_delta(self, delta: Delta) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server is gone, and so is the client

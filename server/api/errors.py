@@ -21,7 +21,9 @@ _REPLIES: dict[int | str, str] = {
     401: "The API key is missing or incorrect.",
     404: "There is no such model, file, chunk or upload, or its bytes were not kept.",
     409: "Another request is ending this upload; try again after `Retry-After`.",
+    408: "The body stopped arriving.",
     413: "The body or the file is too large, or would never fit into the store's quota.",
+    415: "The body is encoded.",
     416: "The range lies outside the file.",
     429: "Too many requests are waiting; try again after `Retry-After`.",
     503: "The server is stopping, or lacks its store or memory; try again after `Retry-After`.",
@@ -90,7 +92,10 @@ def replies(
     }
     answer: dict[str, Any] = {"model": model} if model else {}
     if media_types:
-        answer["content"] = {name: {"schema": {"type": "string"}} for name in media_types}
+        answer["content"] = {
+            name: {"schema": {"type": "string"} | ({} if name.startswith("text/") else {"format": "binary"})}
+            for name in media_types
+        }
     return ({200: answer} if answer else {}) | refusals
 
 
@@ -165,7 +170,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
-        where = f"{request.method} {request.url.path}"
+        where = f"{request.method} {request.url.path[:200]}"
         if error.status_code == 404:
             known = ApiError(404, f"Unknown route: {where}", code="unknown_url")
         elif error.status_code == 405:

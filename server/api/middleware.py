@@ -23,6 +23,8 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 OPEN_FOLDER = "/playground/"
 _QUESTIONS = re.compile(r"/v1/chat/completions|/v1/files/[^/]+/relevance")
 _LINGER_S = 5.0
+STALL_S = 60.0
+"""Between two pieces of a body."""
 
 
 class RequestId:
@@ -138,7 +140,8 @@ def _ending(status: int) -> Ending:
 
 
 class BodyLimit:
-    """Refuses bodies over ``max_bytes`` while they arrive. Routes that take files are ``exempt``: they count."""
+    """Refuses bodies over ``max_bytes``, as they say or while they arrive, and such as stop arriving or are encoded.
+    Routes that take files are ``exempt`` from the first: they count."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, exempt: re.Pattern[str]) -> None:
         self.app = app
@@ -146,22 +149,52 @@ class BodyLimit:
         self.exempt = exempt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self.exempt.fullmatch(scope["path"]):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        received = 0
+        most = None if self.exempt.fullmatch(scope["path"]) else self.max_bytes
+        received, ended = 0, False
 
-        async def counted_receive() -> Message:
-            nonlocal received
-            message = await receive()
+        async def watched_receive() -> Message:
+            nonlocal received, ended
+            try:
+                async with asyncio.timeout(None if ended else STALL_S):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(
+                    408, f"Nothing more of the body came for {STALL_S:g} s", code="request_timeout"
+                ) from None
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                if message.get("more_body"):
+            ended = not message.get("more_body")
+            if most is not None and received > most:
+                if not ended:
                     await discard_body(receive)
-                raise ApiError(413, f"The body is larger than {self.max_bytes} bytes", code="request_too_large")
+                raise self._too_large()
             return message
 
-        await self.app(scope, counted_receive, send)
+        headers = Headers(scope=scope)
+        announced, encoding = headers.get("content-length", ""), headers.get("content-encoding", "identity")
+        refusal: ApiError | None = None
+        if most is not None and announced.isdecimal() and int(announced) > most:
+            refusal = self._too_large()
+        elif encoding.strip().lower() != "identity":
+            refusal = ApiError(
+                415, f"The body is encoded ({encoding[:40]}): send it plain", code="unsupported_encoding"
+            )
+        if refusal is None:
+            await self.app(scope, watched_receive, send)
+            return
+        if not expects_go_ahead(headers):
+            await discard_body(receive)
+        await refusal.response()(scope, receive, send)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self.max_bytes} bytes", code="request_too_large")
+
+
+def expects_go_ahead(headers: Headers) -> bool:
+    """Whether the client waits for a word before it sends the body."""
+    return "100-continue" in headers.get("expect", "").lower()
 
 
 async def discard_body(receive: Receive) -> None:

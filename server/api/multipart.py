@@ -16,7 +16,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from server.api.errors import ApiError, bad_request
-from server.api.middleware import discard_body
+from server.api.middleware import discard_body, expects_go_ahead
 
 _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 16 * 1024
@@ -70,7 +70,7 @@ async def receive_file(request: Request, folder: Path, max_bytes: int, *, name: 
 
 async def discard_unread(request: Request) -> None:
     """To be called before refusing a body of which nothing was read, unless the client waits for a word first."""
-    if "100-continue" not in request.headers.get("expect", "").lower():
+    if not expects_go_ahead(request.headers):
         await discard_body(request.receive)
 
 
@@ -87,6 +87,11 @@ def _new_file(folder: Path) -> Iterator[IO[bytes]]:
 
 def _too_large(max_bytes: int, name: str) -> ApiError:
     return ApiError(413, f"{name} is larger than {max_bytes} bytes", param=name, code="file_too_large")
+
+
+def _unescaped(filename: str) -> str:
+    """Without what forms escape in a name (HTML, multipart form data): these three and no others."""
+    return filename.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
 
 
 class _Form:
@@ -160,10 +165,12 @@ class _Form:
         if name == self._name:
             if self._filename is not None:
                 raise bad_request(f"{name} stands twice in the form", param=name)
-            self._filename = (filename or b"").decode("utf-8", "replace") or "video"
+            self._filename = _unescaped((filename or b"").decode("utf-8", "replace")) or "video"
             self._field = None
             return
-        if filename is not None or not name or name in self._fields or len(self._fields) >= _MAX_FIELDS:
+        if name in self._fields:
+            raise bad_request(f"{name[:80]} stands twice in the form", param=name[:80])
+        if filename is not None or not name or len(self._fields) >= _MAX_FIELDS:
             raise bad_request(f"Unexpected form part {name[:80]!r}", param=name[:80] or None)
         self._field = name
 

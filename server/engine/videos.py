@@ -238,11 +238,12 @@ class Videos:
             video = self._known.get(key)
             if video is not None:
                 video.manifest, video.lost = None, True
-                video.error = None if has_bytes else _QUOTA
+                video.error = None if has_bytes else video.error or _QUOTA
 
         def told(now: FileRecord) -> FileRecord:
             if not has_bytes:
-                return replace(now, status="error", status_details=_QUOTA, video=_without_kvs(now.video))
+                why = now.status_details if now.status == "error" else _QUOTA  # what it failed by says more
+                return replace(now, status="error", status_details=why, video=_without_kvs(now.video))
             if now.status == "processed":
                 return replace(now, status_details=_LOST, video=_without_kvs(now.video))
             return now

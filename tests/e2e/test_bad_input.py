@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import sys
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from clips import Clips
 from live import MODEL, Live, Serve, ask
 from PIL import Image
 
+from server.api import middleware
 from server.video.reader import VideoReader
 
 
@@ -345,3 +348,49 @@ def test_unknown_routes_and_methods(live: Live) -> None:
     assert refusal(httpx.put(f"{live.url}/v1/files"), 405)["code"] == "method_not_allowed"
     refusal(httpx.get(f"{live.url}/v1/files?limit=0"), 400)
     refusal(httpx.get(f"{live.url}/playground/../../pyproject.toml"), 404)
+
+
+def exchange(live: Live, request: bytes) -> httpx.Response:
+    """What comes back for bytes that may be no whole request."""
+    address = httpx.URL(live.url)
+    with socket.create_connection((address.host, address.port), timeout=30) as wire:
+        wire.sendall(request)
+        reply = HTTPResponse(wire)
+        reply.begin()
+        return httpx.Response(reply.status, headers=reply.getheaders(), content=reply.read())
+
+
+@pytest.mark.parametrize(
+    ("path", "head", "body"),
+    [
+        ("/v1/chat/completions", "content-type: application/json", b'{"model":'),
+        (
+            "/v1/files",
+            "content-type: multipart/form-data; boundary=b",
+            b'--b\r\ncontent-disposition: form-data; name="fi',
+        ),
+    ],
+)
+def test_a_body_that_stops_arriving(
+    live: Live, monkeypatch: pytest.MonkeyPatch, path: str, head: str, body: bytes
+) -> None:
+    monkeypatch.setattr(middleware, "STALL_S", 0.3)
+    reply = exchange(live, f"POST {path} HTTP/1.1\r\nhost: x\r\n{head}\r\ncontent-length: 1000\r\n\r\n".encode() + body)
+    assert refusal(reply, 408)["code"] == "request_timeout"
+    assert list(live.backend.spool.folder.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("go_ahead", ["", "expect: 100-continue\r\n"])
+def test_a_body_that_says_that_it_is_too_large(live: Live, monkeypatch: pytest.MonkeyPatch, go_ahead: str) -> None:
+    monkeypatch.setattr(middleware, "_LINGER_S", 0.3)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n{go_ahead}content-length: 99999999999\r\n\r\n"
+    assert refusal(exchange(live, head.encode()), 413)["code"] == "request_too_large"
+
+
+def test_an_encoded_body(live: Live) -> None:
+    reply = post(live, "/v1/chat/completions", content=b"{}", headers={"content-encoding": "gzip"})
+    assert refusal(reply, 415)["code"] == "unsupported_encoding"
+
+
+def test_a_long_path_is_not_told_back(live: Live) -> None:
+    assert len(refusal(httpx.get(f"{live.url}/{'a' * 20_000}"), 404)["message"]) < 300

@@ -116,6 +116,7 @@ def test_answers_that_are_no_json_are_described_as_such(live: Live, file_id: str
 
 def test_nothing_is_described_that_is_never_sent(live: Live) -> None:
     described = httpx.get(f"{live.url}/openapi.json").json()
+    assert "securitySchemes" not in described["components"]
     for path, operations in described["paths"].items():
         for operation in operations.values():
             assert "422" not in operation["responses"], path
@@ -145,6 +146,9 @@ def test_keys_open_and_tenants_do_not_see_each_other(serve: Serve, video: Path) 
             for method, operation in operations.items():
                 guarded = httpx.request(method, live.url + path).status_code == 401
                 assert guarded == ("401" in operation["responses"]), path
+                asked = operation.get("security", [])
+                assert asked == [{"HTTPBearer": []}] * (guarded and path.startswith("/v1/")), path
+        assert described["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
         for header in ("Bearer wrong", "Bearer", "Basic first", "first", "Bearer first x"):
             reply = httpx.get(f"{live.url}/v1/files", headers={"authorization": header})
             assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")

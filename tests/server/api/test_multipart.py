@@ -63,6 +63,7 @@ def test_bytes_arrive_as_sent_however_they_are_cut(
         (form(part("purpose", b"vision")), 400),
         (form(part("file", b"x", "a.mp4"), part("file", b"y", "b.mp4")), 400),
         (form(part("file", b"x", "a.mp4"), part("other", b"y", "b.mp4")), 400),
+        (form(part("purpose", b"vision"), part("purpose", b"vision"), part("file", b"x", "a.mp4")), 400),
         (form(part("purpose", b"x" * 20_000), part("file", b"x", "a.mp4")), 400),
         (part("file", b"x", "a.mp4"), 400),
         (b"not multipart at all", 400),
@@ -74,6 +75,11 @@ def test_a_bad_form_is_refused_and_leaves_nothing(body: bytes, status: int, tmp_
         receive(body, tmp_path)
     assert refused.value.status_code == status
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_as_it_was_before_the_form_escaped_it(tmp_path: Path) -> None:
+    upload = receive(form(part("file", b"x", "my %22v%22 100%.mp4")), tmp_path)
+    assert upload.filename == 'my "v" 100%.mp4'
 
 
 def test_an_aborted_upload_leaves_nothing(tmp_path: Path) -> None:

@@ -462,6 +462,23 @@ def test_the_quota_removes_the_least_recently_used(drive: Drive, four_chunks: Cl
     assert 0 < driver.store.nbytes("kv/") + driver.store.nbytes("content/") <= quota
 
 
+def test_the_quota_does_not_change_why_a_video_failed(
+    drive: Drive, clips: Clips, four_chunks: Clip, tmp_path: Path
+) -> None:
+    measure = drive()
+    measure.upload(four_chunks)
+    driver = drive(store_quota_bytes=measure.store.nbytes("kv/") + measure.store.nbytes("content/") + 4000)
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(clips("mp4", width=160, height=96, fps=5.0, duration_s=14.0).path.read_bytes())
+    blank_media(damaged, 0.5)
+    failed = driver.wait_processed(driver.upload(damaged, wait=False))
+    why = failed.status_details
+    assert failed.status == "error" and "damaged" in why and driver.store.nbytes(failed.content.root) > 0
+    assert driver.ask(driver.upload(four_chunks)).error is None
+    assert driver.store.nbytes(failed.content.root) == 0
+    assert driver.engine.library.get(failed.id, "").status_details == why
+
+
 def test_the_quota_spares_what_is_pinned(drive: Drive, four_chunks: Clip, two_chunks: Clip) -> None:
     measure = drive()
     measure.upload(four_chunks)
