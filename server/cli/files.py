@@ -43,7 +43,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def upload(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="A video file.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True, help="Video files."),
+    ],
     fps: Annotated[float | None, typer.Option(help="Frames sampled a second instead of the model's rate.")] = None,
     max_frames: Annotated[int | None, typer.Option(help="Spread at most this many frames over the video.")] = None,
     expires_after_s: Annotated[int | None, typer.Option(help="Delete the file after so many seconds.")] = None,
@@ -51,9 +54,9 @@ def upload(
     base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key: ApiKey = "",
 ) -> None:
-    """Uploads a video, prints its id, and waits until it is ready.
+    """Uploads videos, prints their ids, and waits until they are ready.
 
-    The exit code is 1 if it cannot be made ready.
+    The exit code is 1 if one cannot be made ready.
     """
     form: dict[str, Any] = {"fps": fps, "max_frames": max_frames, "pinned": pin}
     if expires_after_s is not None:
@@ -61,9 +64,18 @@ def upload(
     form = {name: value for name, value in form.items() if value is not None}
     console = Console(stderr=True)
     with connect(base_url, api_key) as client:
-        file_id = send_file(client, file, form, console)["id"]
-        print(file_id, flush=True)  # whatever becomes of the wait, it is known
-        wait_until_ready(client, file_id, console)
+        ids: list[str] = []
+        for file in files:
+            ids.append(send_file(client, file, form, console)["id"])
+            print(ids[-1], flush=True)  # whatever becomes of the wait, it is known
+        failures: list[str] = []
+        for file, file_id in zip(files, ids, strict=True):
+            try:
+                wait_until_ready(client, file_id, console)
+            except ServerError as error:
+                failures.append(f"{printable(file.name)}: {error}" if len(files) > 1 else str(error))
+    if failures:
+        raise ServerError("; ".join(failures))
 
 
 def send_file(client: httpx.Client, path: Path, form: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -194,7 +206,7 @@ def _table(records: Sequence[dict[str, Any]], name_width: int) -> Table:
 
 
 def pin(
-    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID...", help="Ids, as x2l files lists them.")],
+    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID", help="Ids, as x2l files lists them.")],
     base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key: ApiKey = "",
 ) -> None:
@@ -206,7 +218,7 @@ def pin(
 
 
 def unpin(
-    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID...", help="Ids, as x2l files lists them.")],
+    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID", help="Ids, as x2l files lists them.")],
     base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key: ApiKey = "",
 ) -> None:
@@ -222,7 +234,7 @@ def _set_pinned(file_ids: list[str], pinned: bool, base_url: str, api_key: str) 
 
 
 def remove(
-    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID...", help="Ids, as x2l files lists them.")],
+    file_ids: Annotated[list[str], typer.Argument(metavar="FILE_ID", help="Ids, as x2l files lists them.")],
     base_url: BaseUrl = DEFAULT_BASE_URL,
     api_key: ApiKey = "",
 ) -> None:

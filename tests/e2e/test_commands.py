@@ -102,6 +102,18 @@ def test_an_id_is_known_whatever_becomes_of_its_video(video: Path, tmp_path: Pat
     assert said.splitlines()[-1].startswith("x2l: ")
 
 
+def test_several_videos_of_which_one_is_damaged(serve: Serve, video: Path, tmp_path: Path, clips: Clips) -> None:
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(clips("mp4", width=160, height=96, fps=5.0, duration_s=60.0).path.read_bytes())
+    blank_media(damaged, 0.5)
+    with serve() as live:
+        ended = x2l("upload", str(damaged), str(video), "--base-url", live.url)
+        statuses = [httpx.get(f"{live.url}/v1/files/{file_id}").json()["status"] for file_id in ended.stdout.split()]
+    assert (ended.returncode, statuses) == (1, ["error", "processed"])
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith("x2l: damaged.mp4: ") and video.name not in said
+
+
 def test_names_and_reasons_cannot_steer_a_terminal(serve: Serve, tmp_path: Path, clips: Clips) -> None:
     damaged = tmp_path / "damaged.mp4"
     damaged.write_bytes(clips("mp4", width=160, height=96, fps=5.0, duration_s=60.0).path.read_bytes())
