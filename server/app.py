@@ -126,6 +126,7 @@ def create_app(settings: Settings, backend: Backend) -> FastAPI:
     )
     errors.install(app)
     failures.install(app)
+    docs.install(app)
     # Middleware looks at the keys; this tells of them.
     guard = [Security(HTTPBearer(auto_error=False, description="An API key."))] if settings.api_key else []
     for name, routes in (("chat", chat), ("files", files), ("uploads", uploads), ("models", models)):

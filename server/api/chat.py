@@ -37,7 +37,7 @@ _Videos = dict[str, Source]
 
 @router.post(
     "/v1/chat/completions",
-    responses=replies(400, 404, 413, 429, 503, 507, model=ChatCompletion, media_types=["text/event-stream"]),
+    responses=replies(400, 404, 413, 429, 503, 507, model=ChatCompletion, events=ChatCompletionChunk.__name__),
 )
 async def chat(body: ChatRequest, http: HttpRequest, services: Context, tenant: Tenant) -> Response:
     """An answer, streamed or whole, as OpenAI sends it, with the evidence in ``x2l``."""

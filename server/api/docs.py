@@ -1,14 +1,18 @@
-"""``/docs``: Swagger UI, with nothing fetched from elsewhere."""
+"""``/docs``: Swagger UI, with nothing fetched from elsewhere; and what ``/openapi.json`` tells beside the routes."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
+from pydantic import TypeAdapter
 from starlette.responses import FileResponse, Response
 
-from server.api.errors import ApiError
+from server.api.errors import COMPONENT, ApiError
+from server.api.reply import ChatCompletionChunk
+from server.api.schemas import ContentPart, Message
 
 router = APIRouter(include_in_schema=False)
 
@@ -32,6 +36,29 @@ _PAGE = """<!doctype html>
 </html>
 """
 _START = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true});\n'
+
+
+def install(app: FastAPI) -> None:
+    """Has ``/openapi.json`` also describe the parts of a message, which are read one by one, and the events of an
+    answer."""
+    of_routes = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schemas = of_routes()["components"]["schemas"]
+            adapters: list[tuple[str, Any, TypeAdapter[Any]]] = [
+                ("part", "validation", TypeAdapter(ContentPart)),
+                ("chunk", "serialization", TypeAdapter(ChatCompletionChunk)),
+            ]
+            made, found = TypeAdapter.json_schemas(adapters, ref_template=COMPONENT)
+            for name, schema in found["$defs"].items():
+                schemas.setdefault(name, schema)
+            content = schemas[Message.__name__]["properties"]["content"]["anyOf"]
+            (parts,) = (kind for kind in content if kind["type"] == "array")
+            parts["items"] = made["part", "validation"]
+        return of_routes()
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 @router.get("/docs")

@@ -15,6 +15,8 @@ from starlette.responses import JSONResponse
 from server.api.schemas import ErrorDetails, ErrorReply
 
 NO_RETRY = {"x-should-retry": "false"}
+COMPONENT = "#/components/schemas/{model}"
+"""Where /openapi.json has a schema."""
 
 _REPLIES: dict[int | str, str] = {
     400: "The request is at fault; `param` names the field, if one is to blame.",
@@ -82,20 +84,23 @@ def file_not_found(file_id: str, *, param: str = "file_id") -> ApiError:
 
 
 def replies(
-    *statuses: int | str, model: type | None = None, media_types: Sequence[str] = ()
+    *statuses: int | str, model: type | None = None, media_types: Sequence[str] = (), events: str | None = None
 ) -> dict[int | str, dict[str, Any]]:
-    """The ``responses`` of a route that refuses with these statuses, and answers with a ``model`` or in ``media_types``
-    that its response class does not tell. ``default`` stands for all other statuses, and keeps FastAPI from adding its
-    own 422, which is never sent."""
+    """The ``responses`` of a route that refuses with these statuses, and answers with a ``model``, in ``media_types``
+    that its response class does not tell, or as a stream of ``events``, by the name of their schema. ``default`` stands
+    for all other statuses, and keeps FastAPI from adding its own 422, which is never sent."""
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorReply, "description": _REPLIES[status]} for status in statuses
     }
     answer: dict[str, Any] = {"model": model} if model else {}
-    if media_types:
-        answer["content"] = {
-            name: {"schema": {"type": "string"} | ({} if name.startswith("text/") else {"format": "binary"})}
-            for name in media_types
-        }
+    content: dict[str, Any] = {
+        name: {"schema": {"type": "string"} | ({} if name.startswith("text/") else {"format": "binary"})}
+        for name in media_types
+    }
+    if events:
+        content["text/event-stream"] = {"schema": {"$ref": COMPONENT.format(model=events)}}
+    if content:
+        answer["content"] = content
     return ({200: answer} if answer else {}) | refusals
 
 

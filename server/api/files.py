@@ -128,9 +128,7 @@ def delete_file(file_id: str, services: Context, tenant: Tenant) -> FileDeleted:
     return FileDeleted(id=file_id)
 
 
-@router.get(
-    "/{file_id}/events", response_class=Response, responses=replies(404, 503, media_types=["text/event-stream"])
-)
+@router.get("/{file_id}/events", response_class=Response, responses=replies(404, 503, events=FileObject.__name__))
 async def events(file_id: str, services: Context, tenant: Tenant) -> Response:
     """The file each time it changes, until it is processed or has failed. A stream that ends before that was cut off by
     a server that stops: ask again."""

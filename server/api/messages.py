@@ -9,13 +9,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from server.api.errors import bad_request, file_not_found, from_validation
-from server.api.schemas import FilePart, ImageUrlPart, Message, TextPart, VideoPart, VideoReference, VideoUrlPart
+from server.api.schemas import (
+    ContentPart,
+    FilePart,
+    ImageUrlPart,
+    Message,
+    TextPart,
+    VideoPart,
+    VideoReference,
+    VideoUrlPart,
+)
 from server.api.sources import Kind, Source
 from server.api.unsupported import refuse_unsupported_in_message
 from server.models.base import Role, Turn
 
-_Media = FilePart | VideoUrlPart | VideoPart | ImageUrlPart
-_PARTS: Mapping[str, type[TextPart | _Media]] = {
+_PARTS: Mapping[str, type[ContentPart]] = {
     "text": TextPart,
     "file": FilePart,
     "video_url": VideoUrlPart,
@@ -87,7 +95,7 @@ def _content(message: Message, where: str) -> tuple[list[str], list[tuple[Kind, 
     return texts, media
 
 
-def _part(raw: dict[str, Any], at: str) -> TextPart | _Media:
+def _part(raw: dict[str, Any], at: str) -> ContentPart:
     kind = raw.get("type")
     if kind is None:
         raise bad_request(f"{at}.type is missing", param=f"{at}.type", code="missing_required_parameter")

@@ -92,6 +92,9 @@ class ImageUrlPart(_Open):
     image_url: ImageUrl
 
 
+ContentPart = TextPart | FilePart | VideoUrlPart | VideoPart | ImageUrlPart
+
+
 class Dials(_Closed):
     """The request's ``x2l`` object: how much to re-load.
 

@@ -13,6 +13,8 @@ import openai
 import pytest
 from live import MODEL, Live, Serve, ask
 
+from server.api.messages import _PARTS
+
 
 def test_every_response_has_an_id_of_its_own(live: Live, client: openai.OpenAI, file_id: str) -> None:
     raw = client.chat.completions.with_raw_response.create(model=MODEL, messages=ask(file_id), max_tokens=1)
@@ -87,21 +89,36 @@ def test_an_answer_is_as_described(live: Live, file_id: str) -> None:
     assert content.keys() == {"application/json", "text/event-stream"}
 
     def check(value: Any, schema: dict[str, Any]) -> None:
-        if "$ref" in schema:
-            schema = described["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+        kinds = schema.get("anyOf", [schema])
+        if value is None:
+            assert any(kind.get("type") == "null" for kind in kinds)
+            return
+        (kind,) = (kind for kind in kinds if kind.get("type") != "null")
+        if "$ref" in kind:
+            kind = described["components"]["schemas"][kind["$ref"].rpartition("/")[2]]
         if isinstance(value, dict):
-            assert set(schema["required"]) <= value.keys() <= schema["properties"].keys()
+            assert set(kind.get("required", ())) <= value.keys() <= kind["properties"].keys()
             for name in value:
-                check(value[name], schema["properties"][name])
+                check(value[name], kind["properties"][name])
         elif isinstance(value, list):
-            assert value
             for item in value:
-                check(item, schema["items"])
-        elif value is None:
-            assert schema["type"] == "null"
+                check(item, kind["items"])
 
-    question = {"model": MODEL, "messages": ask(file_id), "max_tokens": 1}
+    question: dict[str, Any] = {"model": MODEL, "messages": ask(file_id), "max_tokens": 1}
     check(httpx.post(f"{live.url}/v1/chat/completions", json=question).json(), content["application/json"]["schema"])
+    question |= {"stream": True, "stream_options": {"include_usage": True}}
+    events = httpx.post(f"{live.url}/v1/chat/completions", json=question).text.split("\n\n")[:-2]
+    assert len(events) > 2
+    for event in events:
+        check(json.loads(event.removeprefix("data: ")), content["text/event-stream"]["schema"])
+
+
+def test_the_parts_of_a_message_are_described(live: Live) -> None:
+    schemas = httpx.get(f"{live.url}/openapi.json").json()["components"]["schemas"]
+    (parts,) = (kind for kind in schemas["Message"]["properties"]["content"]["anyOf"] if kind["type"] == "array")
+    names = [part["$ref"].rpartition("/")[2] for part in parts["items"]["anyOf"]]
+    assert {schemas[name]["properties"]["type"]["const"] for name in names} == _PARTS.keys()
+    assert "file_id" in schemas["VideoReference"]["properties"]
 
 
 @pytest.mark.parametrize(
