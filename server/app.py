@@ -131,7 +131,8 @@ def create_app(settings: Settings, backend: Backend) -> FastAPI:
     guard = [Security(HTTPBearer(auto_error=False, description="An API key."))] if settings.api_key else []
     for name, routes in (("chat", chat), ("files", files), ("uploads", uploads), ("models", models)):
         app.include_router(routes.router, tags=[name], dependencies=guard, responses=errors.replies(401, "default"))
-    for routes in (health, playground, docs):
+    app.include_router(health.router, tags=["health"])
+    for routes in (playground, docs):
         app.include_router(routes.router)
     return app
 
