@@ -1,9 +1,8 @@
 """vLLM's server beside this one: ``python tests/benchmarks/vllm_serve.py --model FOLDER --out RESULT.json``
 
-The same weights (a Qwen2.5-VL; random ones of 7B are made without ``--model``), videos, frames and questions, over
+The same weights (a Qwen2.5-VL; random ones of 7B are made without ``--model``), questions, and number of frames, over
 HTTP, one server after the other on the same GPU:
 
-- ``prefill``: from a video that the server has never seen to the first token;
 - single questions: from a video that the server has never seen to the first token (``prefill_ttft_s``), and then
   other questions about it, one at a time. vLLM keeps the whole KVs on the device (prefix caching), but gets the video
   with every question, and decodes it each time: ``url``, the file as it is; ``sampled``, a file with one frame a second
@@ -125,7 +124,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=16)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--url-repeats", type=int, default=2, help="as often if vLLM reads the video each time")
+    parser.add_argument("--url-repeats", type=int, default=2, help="of questions that name the file as it is to vLLM")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--vllm-python", default=sys.executable, help="the Python that vLLM is installed for")
     parser.add_argument("--vllm", default="", help="more options of vllm serve, in one string")
@@ -281,7 +280,6 @@ def vllm(model: Path, folder: Path, given: argparse.Namespace, log: IO[str]) -> 
         sizes = {
             name: found[1].strip()
             for name, pattern in (
-                ("version", r"vLLM API server version (\S+)"),
                 ("kv_cache_tokens", r"GPU KV cache size: ([\d,]+) tokens"),
                 ("attention", r"Using (\S+) (?:attention )?backend"),
             )
@@ -291,7 +289,7 @@ def vllm(model: Path, folder: Path, given: argparse.Namespace, log: IO[str]) -> 
             Kind("sampled", lambda path: video_url(sampled(path), uuid=path.name), given.repeats),
             Kind("url", video_url, given.url_repeats, under_load=False),
         ]
-        facts = {"command": command[3:], **sizes}
+        facts = {**httpx.get(f"{url}/version").json(), "command": command[3:], **sizes}
         yield Client(url), facts, kinds, lambda _, path: video_url(path)
     finally:
         process.terminate()
@@ -299,6 +297,7 @@ def vllm(model: Path, folder: Path, given: argparse.Namespace, log: IO[str]) -> 
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
 
 
 def video_url(path: Path, **more: str) -> Part:
@@ -306,7 +305,7 @@ def video_url(path: Path, **more: str) -> Part:
 
 
 def sampled(path: Path) -> Path:
-    """The same video with one frame a second."""
+    """Where a video of as many minutes with one frame a second is."""
     return path.with_suffix(".1fps.mp4")
 
 
